@@ -1,0 +1,235 @@
+"""Buffer: the bytes that have been received and not consumed yet.
+
+Layout. One object holds the bytes, and a cursor says how many of them are consumed::
+
+    _data   | consumed          | readable                 |
+            0                 _start                    len(_data)
+
+``_data`` is either
+
+* ``bytes``, one chunk as the socket gave it. Consuming moves the cursor, and taking a whole
+  untouched chunk hands that object itself over: no copy between the kernel and the user. Or
+* ``bytearray``, as soon as a second chunk arrived before the first was consumed. Its append is
+  amortised O(1), and CPython deletes from its front without moving the rest.
+
+The consumed part of a ``bytearray`` is deleted when it outgrows the readable one, so memory is at
+most twice what is readable plus one chunk, and each byte is moved O(1) times.
+"""
+
+from __future__ import annotations
+
+import struct
+
+_INT8 = struct.Struct("!b")
+_INT16 = struct.Struct("!h")
+_INT32 = struct.Struct("!i")
+_INT64 = struct.Struct("!q")
+
+# Below this, deleting the consumed front costs more than keeping it.
+_COMPACT_AT = 4096
+
+
+class Buffer:
+    """Bytes that arrive at the back and are consumed from the front.
+
+    Integers are signed and in network byte order, as in muduo's Buffer. What is asked for and not
+    there raises `ValueError` and consumes nothing.
+    """
+
+    __slots__ = ("_data", "_scan", "_start")
+
+    def __init__(self, data: bytes | bytearray | memoryview = b"") -> None:
+        self._data: bytes | bytearray = bytes(data)
+        self._start = 0
+        # How far the last unsuccessful `find` got: (delimiter, from, up to), relative to _start.
+        self._scan: tuple[bytes, int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._data) - self._start
+
+    def __bytes__(self) -> bytes:
+        return self.peek()
+
+    def __repr__(self) -> str:
+        return f"<Buffer of {len(self)} bytes>"
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Add *data* at the back. A `bytes` object that meets an empty buffer is not copied."""
+        if self._start == len(self._data):
+            # The scan's memory is about bytes that are gone.
+            self._scan = None
+            self._start = 0
+            self._data = data if type(data) is bytes else bytes(data)
+        elif type(self._data) is bytearray:
+            self._data += data
+        else:
+            self._data = bytearray(memoryview(self._data)[self._start :])
+            self._data += data
+            self._start = 0
+
+    def prepend(self, data: bytes | bytearray | memoryview) -> None:
+        """Put *data* back at the front, before everything readable."""
+        size = memoryview(data).nbytes
+        if type(self._data) is bytearray and size <= self._start:
+            self._data[self._start - size : self._start] = data
+            self._start -= size
+        else:
+            self._data = bytes(data) + self._data[self._start :]
+            self._start = 0
+        self._scan = None
+
+    def peek(self, n: int | None = None) -> bytes:
+        """Up to *n* bytes from the front, or all, without consuming them."""
+        start = self._start
+        if n is None:
+            if type(self._data) is bytes and not start:
+                return self._data
+            return bytes(self._data[start:])
+        if n < 0:
+            raise ValueError(f"cannot peek at {n} bytes: pass a number >= 0")
+        return bytes(self._data[start : start + n])
+
+    def take(self, n: int | None = None) -> bytes:
+        """Consume and return exactly *n* bytes, or all of them.
+
+        A single chunk that nobody has touched is handed over without a copy.
+        """
+        start = self._start
+        data = self._data
+        if n is None:
+            n = len(data) - start
+        elif n < 0 or n > len(data) - start:
+            raise self._out_of_range(n)
+        if n == len(data) - start:
+            self._data = b""
+            self._start = 0
+            self._scan = None
+            return data if type(data) is bytes and not start else bytes(data[start:])
+        taken = bytes(data[start : start + n])
+        self._advance(n)
+        return taken
+
+    def discard(self, n: int) -> None:
+        """Consume exactly *n* bytes."""
+        if n < 0 or n > len(self):
+            raise self._out_of_range(n)
+        self._advance(n)
+
+    def find(self, delimiter: bytes, start: int = 0) -> int:
+        """Where *delimiter* first begins at or after *start*, from the front; -1 if nowhere.
+
+        A search that found nothing is remembered: asking again for the same delimiter after more
+        bytes arrived looks at the new ones only, so waiting for a delimiter costs linear time.
+        """
+        if not delimiter:
+            raise ValueError("an empty delimiter is everywhere: pass at least one byte")
+        if start < 0:
+            raise ValueError(f"cannot search from {start}: pass a number >= 0")
+        begin = start
+        scan = self._scan
+        if scan is not None and scan[0] == delimiter and scan[1] <= start:
+            begin = max(start, scan[2])
+        found = self._data.find(delimiter, self._start + begin)
+        if found >= 0:
+            return found - self._start
+        # A match can still begin in the last len-1 bytes, once more arrive.
+        up_to = max(start, len(self) - len(delimiter) + 1)
+        self._scan = (bytes(delimiter), start, up_to)
+        return -1
+
+    def peek_int8(self) -> int:
+        """The signed 8-bit integer at the front."""
+        return self._unpack(_INT8)
+
+    def peek_int16(self) -> int:
+        """The signed 16-bit integer at the front."""
+        return self._unpack(_INT16)
+
+    def peek_int32(self) -> int:
+        """The signed 32-bit integer at the front."""
+        return self._unpack(_INT32)
+
+    def peek_int64(self) -> int:
+        """The signed 64-bit integer at the front."""
+        return self._unpack(_INT64)
+
+    def read_int8(self) -> int:
+        """Consume a signed 8-bit integer."""
+        value = self._unpack(_INT8)
+        self._advance(1)
+        return value
+
+    def read_int16(self) -> int:
+        """Consume a signed 16-bit integer."""
+        value = self._unpack(_INT16)
+        self._advance(2)
+        return value
+
+    def read_int32(self) -> int:
+        """Consume a signed 32-bit integer."""
+        value = self._unpack(_INT32)
+        self._advance(4)
+        return value
+
+    def read_int64(self) -> int:
+        """Consume a signed 64-bit integer."""
+        value = self._unpack(_INT64)
+        self._advance(8)
+        return value
+
+    def append_int8(self, value: int) -> None:
+        """Add a signed 8-bit integer at the back; `struct.error` if it does not fit."""
+        self.append(_INT8.pack(value))
+
+    def append_int16(self, value: int) -> None:
+        """Add a signed 16-bit integer at the back; `struct.error` if it does not fit."""
+        self.append(_INT16.pack(value))
+
+    def append_int32(self, value: int) -> None:
+        """Add a signed 32-bit integer at the back; `struct.error` if it does not fit."""
+        self.append(_INT32.pack(value))
+
+    def append_int64(self, value: int) -> None:
+        """Add a signed 64-bit integer at the back; `struct.error` if it does not fit."""
+        self.append(_INT64.pack(value))
+
+    def prepend_int8(self, value: int) -> None:
+        """Put a signed 8-bit integer at the front; `struct.error` if it does not fit."""
+        self.prepend(_INT8.pack(value))
+
+    def prepend_int16(self, value: int) -> None:
+        """Put a signed 16-bit integer at the front; `struct.error` if it does not fit."""
+        self.prepend(_INT16.pack(value))
+
+    def prepend_int32(self, value: int) -> None:
+        """Put a signed 32-bit integer at the front; `struct.error` if it does not fit."""
+        self.prepend(_INT32.pack(value))
+
+    def prepend_int64(self, value: int) -> None:
+        """Put a signed 64-bit integer at the front; `struct.error` if it does not fit."""
+        self.prepend(_INT64.pack(value))
+
+    def _unpack(self, layout: struct.Struct) -> int:
+        if len(self) < layout.size:
+            raise self._out_of_range(layout.size)
+        value: int = layout.unpack_from(self._data, self._start)[0]
+        return value
+
+    def _advance(self, n: int) -> None:
+        start = self._start + n
+        data = self._data
+        if start == len(data):
+            self._data = b""
+            self._start = 0
+            self._scan = None
+            return
+        if type(data) is bytearray and start >= _COMPACT_AT and start * 2 >= len(data):
+            del data[:start]
+            start = 0
+        self._start = start
+        if self._scan is not None:
+            delimiter, begin, up_to = self._scan
+            self._scan = (delimiter, max(0, begin - n), up_to - n) if up_to > n else None
+
+    def _out_of_range(self, n: int) -> ValueError:
+        return ValueError(f"asked for {n} bytes of a buffer that holds {len(self)}")

@@ -1,0 +1,147 @@
+"""SendBuffer: what has been sent by the user and not yet taken by the kernel.
+
+Layout. A queue of chunks, written from the left, with small ones gathered at the right::
+
+    _chunks   | memoryview | bytes | bytes | bytearray |
+              ^ rest of a partly written one ^ tail: small sends are copied to its end
+
+Large `bytes` are queued by reference, so a broadcast to a thousand connections holds its message
+once. Small ones are gathered: a million one-byte sends are a few entries, not a million objects.
+
+Nothing here does I/O or calls anybody. `append` and `consume` say which watermark was crossed and
+leave it to the caller to act.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from itertools import islice
+
+from trioreactor.options import Watermarks
+
+# Counted against the hard limit for each entry: a bytes object's header, its slot in the queue
+# and the allocator's rounding (CPython 3.11 to 3.13, measured: 33 + 8 + up to 15 bytes).
+ENTRY_OVERHEAD = 64
+
+# A chunk below this is copied into the tail: copying 512 bytes costs less than an entry's
+# share of a gather write.
+_GATHER_BELOW = 512
+
+# The tail is closed at this size, so that growing it never moves much.
+_TAIL_LIMIT = 16384
+
+# One gather write: Linux takes at most IOV_MAX (1024) chunks; the gain is flat after a few dozen.
+_GATHER_CHUNKS = 64
+_GATHER_BYTES = 262144
+
+
+class Crossing(enum.Enum):
+    """What a change of the buffer's size did to its watermarks."""
+
+    NONE = 0
+    HIGH = 1
+    """It rose above the high-water mark."""
+    LOW = 2
+    """It sank to the low-water mark or below, after it had been above the high one."""
+
+
+class SendBuffer:
+    """A queue of bytes with two watermarks and a hard limit.
+
+    `size` is the number of bytes queued. `congested` is True from the moment the size rises above
+    `Watermarks.high` until it sinks to `Watermarks.low` or below: each change of it is reported
+    once, as a `Crossing`.
+    """
+
+    __slots__ = ("_chunks", "congested", "high", "limit", "low", "size")
+
+    def __init__(self, watermarks: Watermarks) -> None:
+        self._chunks: deque[bytes | bytearray | memoryview] = deque()
+        self.high = watermarks.high
+        self.low = watermarks.low
+        self.limit = watermarks.limit
+        self.size = 0
+        self.congested = False
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def entries(self) -> int:
+        """How many chunks are queued."""
+        return len(self._chunks)
+
+    @property
+    def memory(self) -> int:
+        """What counts against `Watermarks.limit`: the bytes and the queue's own overhead."""
+        return self.size + ENTRY_OVERHEAD * len(self._chunks)
+
+    def has_room(self, n: int) -> bool:
+        """Whether *n* more bytes stay within `Watermarks.limit` now."""
+        return self.limit is None or self.memory + ENTRY_OVERHEAD + n <= self.limit
+
+    def can_ever_hold(self, n: int) -> bool:
+        """Whether *n* bytes stay within `Watermarks.limit` when nothing else is queued."""
+        return self.limit is None or ENTRY_OVERHEAD + n <= self.limit
+
+    def append(self, data: bytes | memoryview) -> Crossing:
+        """Queue *data*, which must not be empty and, if a memoryview, must be of bytes.
+
+        The caller has asked `has_room` before.
+        """
+        n = len(data)
+        chunks = self._chunks
+        if n < _GATHER_BELOW:
+            tail = chunks[-1] if chunks else None
+            if type(tail) is bytearray and len(tail) < _TAIL_LIMIT:
+                tail += data
+            else:
+                chunks.append(bytearray(data))
+        else:
+            chunks.append(data)
+        self.size += n
+        if self.size > self.high and not self.congested:
+            self.congested = True
+            return Crossing.HIGH
+        return Crossing.NONE
+
+    def gather(self) -> list[bytes | bytearray | memoryview]:
+        """The chunks for one gather write, in order: at least one if any is queued."""
+        chunks = self._chunks
+        if len(chunks) == 1:
+            return [chunks[0]]
+        total = 0
+        batch: list[bytes | bytearray | memoryview] = []
+        for chunk in islice(chunks, _GATHER_CHUNKS):
+            batch.append(chunk)
+            total += len(chunk)
+            if total >= _GATHER_BYTES:
+                break
+        return batch
+
+    def consume(self, n: int) -> Crossing:
+        """Drop the first *n* bytes: the kernel has them. *n* is at most `size`."""
+        chunks = self._chunks
+        self.size -= n
+        while n:
+            head = chunks[0]
+            if n < len(head):
+                if type(head) is bytearray and len(chunks) == 1:
+                    # It is the tail too and may yet grow, which a view would forbid.
+                    del head[:n]
+                else:
+                    chunks[0] = memoryview(head)[n:]
+                break
+            n -= len(head)
+            chunks.popleft()
+        if self.congested and self.size <= self.low:
+            self.congested = False
+            return Crossing.LOW
+        return Crossing.NONE
+
+    def clear(self) -> None:
+        """Drop everything. No crossing: whoever clears has closed the connection."""
+        self._chunks.clear()
+        self.size = 0
+        self.congested = False

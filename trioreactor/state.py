@@ -1,0 +1,86 @@
+"""A connection's states, the moves between them, and the reasons for its end."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from trioreactor.errors import IllegalStateTransition
+
+
+class ConnectionState(enum.Enum):
+    """Where a connection stands."""
+
+    CONNECTING = "connecting"
+    """The socket is connected; a handshake (TLS, PROXY protocol) still runs."""
+    CONNECTED = "connected"
+    """Both ways open for us. The peer may have sent its EOF: we can still send."""
+    DISCONNECTING = "disconnecting"
+    """No new data may be sent; what is queued still goes out, and input can be read."""
+    DISCONNECTED = "disconnected"
+    """The descriptor is closed."""
+
+
+class CloseReason(enum.Enum):
+    """Why a connection ended. Every connection has exactly one: the first that applied."""
+
+    LOCAL_CLOSE = "local_close"
+    """We closed it (`aclose`, or the handler returned) before the peer did."""
+    PEER_EOF = "peer_eof"
+    """The peer closed its side cleanly, then we closed ours."""
+    PEER_RESET = "peer_reset"
+    """The peer or the network broke the connection."""
+    FORCED = "forced"
+    """`force_close` without another reason."""
+    CANCELLED = "cancelled"
+    """The task that owned it was cancelled."""
+    IDLE_TIMEOUT = "idle_timeout"
+    """Nothing moved for too long."""
+    WRITE_STALLED = "write_stalled"
+    """The peer took none of what was queued for too long."""
+    HEARTBEAT_TIMEOUT = "heartbeat_timeout"
+    """The peer did not answer in time."""
+    SLOW_CONSUMER = "slow_consumer"
+    """The send buffer reached its hard limit."""
+    PROTOCOL_ERROR = "protocol_error"
+    """The peer sent what the protocol does not allow."""
+    HANDSHAKE_FAILED = "handshake_failed"
+    """It never became connected."""
+    HANDLER_ERROR = "handler_error"
+    """The handler, or a callback, raised."""
+    DRAIN_TIMEOUT = "drain_timeout"
+    """It did not end by itself within a drain's grace."""
+
+
+TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = MappingProxyType(
+    {
+        ConnectionState.CONNECTING: frozenset(
+            {ConnectionState.CONNECTED, ConnectionState.DISCONNECTED}
+        ),
+        ConnectionState.CONNECTED: frozenset(
+            {ConnectionState.DISCONNECTING, ConnectionState.DISCONNECTED}
+        ),
+        ConnectionState.DISCONNECTING: frozenset({ConnectionState.DISCONNECTED}),
+        ConnectionState.DISCONNECTED: frozenset(),
+    }
+)
+"""The one table of legal moves."""
+
+
+def check_transition(old: ConnectionState, new: ConnectionState) -> None:
+    """Raise `IllegalStateTransition` unless the table has the move from *old* to *new*."""
+    if new not in TRANSITIONS[old]:
+        legal = ", ".join(sorted(s.name for s in TRANSITIONS[old])) or "nothing"
+        raise IllegalStateTransition(f"{old.name} can become {legal}, not {new.name}")
+
+
+def state_diagram() -> str:
+    """The table as a Mermaid diagram, for the documentation."""
+    lines = ["stateDiagram-v2", "    [*] --> CONNECTING", "    [*] --> CONNECTED"]
+    for old in ConnectionState:
+        lines += [
+            f"    {old.name} --> {new.name}" for new in ConnectionState if new in TRANSITIONS[old]
+        ]
+    lines.append("    DISCONNECTED --> [*]")
+    return "\n".join(lines)
