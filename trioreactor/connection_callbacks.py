@@ -1,0 +1,87 @@
+"""ConnectionCallbacks: when a user's write-side callbacks run, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVarTuple
+
+import trio
+
+from trioreactor.state import CloseReason, ConnectionState
+
+if TYPE_CHECKING:
+    from trioreactor.poller import Poller
+    from trioreactor.read_half import ReadHalf
+    from trioreactor.tcp_connection import TcpConnection, WaterMarkCallback, WriteCompleteCallback
+
+logger = logging.getLogger("trioreactor.connection")
+
+Args = TypeVarTuple("Args")
+
+
+# As in the read half: Ctrl-C must reach a callback that never returns.
+@trio.lowlevel.disable_ki_protection
+def _call_user(fn: Callable[[*Args], object], *args: *Args) -> None:
+    fn(*args)
+
+
+class ConnectionCallbacks:
+    """Calls come from the poller, after what it is doing: never inside `send`, never recursively.
+
+    What a callback raises comes out of the connection's running `dispatch`; where none runs, it is
+    logged and the connection is closed with `CloseReason.HANDLER_ERROR`.
+    """
+
+    __slots__ = (
+        "_complete_pending",
+        "_conn",
+        "_poller",
+        "_read",
+        "high_water_mark",
+        "low_water_mark",
+        "write_complete",
+    )
+
+    def __init__(self, conn: TcpConnection, read: ReadHalf, poller: Poller) -> None:
+        self._conn = conn
+        self._read = read
+        self._poller = poller
+        self.write_complete: WriteCompleteCallback | None = None
+        self.high_water_mark: WaterMarkCallback | None = None
+        self.low_water_mark: WaterMarkCallback | None = None
+        # A write_complete call is on its way: several sends that end before it are one.
+        self._complete_pending = False
+
+    def on_high_water_mark(self, size: int) -> None:
+        """The send buffer rose above the high-water mark, to *size* bytes."""
+        fn = self.high_water_mark
+        if fn is not None:
+            self._poller.call_soon(lambda: self._call(fn, self._conn, size))
+
+    def on_low_water_mark(self, size: int) -> None:
+        """The send buffer sank to the low-water mark, to *size* bytes."""
+        fn = self.low_water_mark
+        if fn is not None:
+            self._poller.call_soon(lambda: self._call(fn, self._conn, size))
+
+    def on_write_complete(self) -> None:
+        """Everything that was sent is with the kernel."""
+        if not self._complete_pending:
+            self._complete_pending = True
+            self._poller.call_soon(self._call_write_complete)
+
+    def _call_write_complete(self) -> None:
+        self._complete_pending = False
+        if self.write_complete is not None:
+            self._call(self.write_complete, self._conn)
+
+    def _call(self, fn: Callable[[*Args], object], *args: *Args) -> None:
+        if self._conn.state is ConnectionState.DISCONNECTED:
+            return
+        try:
+            self._read.run_in_context(_call_user, fn, *args)
+        except BaseException as error:
+            if not self._read.callback_failed(error):
+                logger.exception("%s: a callback raised", self._conn.name)
+                self._conn.force_close(CloseReason.HANDLER_ERROR)

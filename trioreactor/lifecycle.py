@@ -1,0 +1,303 @@
+"""Lifecycle: a connection's state, and the one place where its descriptor is closed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from trioreactor.channel import Channel
+from trioreactor.linger import LingerWatch
+from trioreactor.read_half import ReadHalf
+from trioreactor.sockets import broken, reset_on_close
+from trioreactor.state import CloseReason, ConnectionState, check_transition
+from trioreactor.write_half import WriteHalf
+
+if TYPE_CHECKING:
+    from trioreactor.connection_callbacks import ConnectionCallbacks
+    from trioreactor.options import Timeouts, Watermarks
+    from trioreactor.poller import Poller
+    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.timer_queue import Timer
+
+logger = logging.getLogger("trioreactor.connection")
+
+
+class Lifecycle:
+    """Owns the two halves, hears of what happens to them, and closes them together.
+
+    A close goes: channel removed, trio told, descriptor closed, everyone woken, with no checkpoint
+    between. A broken connection (the peer or the network did it) stays readable while the kernel
+    still holds what came before the break.
+    """
+
+    __slots__ = (
+        "_aclosing",
+        "_broken",
+        "_closed",
+        "_closed_here",
+        "_force_timer",
+        "_is_twin",
+        "_linger",
+        "_linger_seconds",
+        "_sock",
+        "callbacks",
+        "close_reason",
+        "handler_scope",
+        "name",
+        "poller",
+        "read",
+        "state",
+        "stream",
+        "write",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        sock: ConnectedSocket,
+        stream: trio.SocketStream | None,
+        poller: Poller,
+        watermarks: Watermarks,
+        timeouts: Timeouts,
+    ) -> None:
+        self._sock = sock
+        self.poller = poller
+        self.name = name
+        self.state = ConnectionState.CONNECTED
+        self.close_reason: CloseReason | None = None
+        # The trio stream, if there is one. Either our socket object is its socket's twin, on the
+        # same descriptor, or the stream was built around our own object.
+        self.stream = stream
+        self._is_twin = stream is not None
+        self.handler_scope: trio.CancelScope | None = None
+        # What the peer or the network did; `_closed_here` then says whether we closed since.
+        self._broken: Exception | None = None
+        self._closed_here = False
+        self._aclosing = False
+        # Made when they are first needed: most connections need none of them.
+        self.callbacks: ConnectionCallbacks | None = None
+        self._closed: trio.Event | None = None
+        self._linger: LingerWatch | None = None
+        self._force_timer: Timer | None = None
+        self._linger_seconds = timeouts.linger
+        self.write = WriteHalf(self, sock, watermarks, timeouts.write_stall)
+        self.read = ReadHalf(self, sock, self.write, watermarks.receive_limit)
+        self.write.channel = self.read.channel = Channel(
+            poller,
+            sock,
+            on_readable=self.read.on_readable,
+            on_writable=self.write.on_writable,
+        )
+
+    # -- state
+
+    def _become(self, state: ConnectionState) -> None:
+        """The only setter of the state."""
+        check_transition(self.state, state)
+        logger.debug("%s: %s -> %s", self.name, self.state.name, state.name)
+        self.state = state
+
+    @property
+    def broken(self) -> bool:
+        """Whether the peer or the network has broken the connection."""
+        return self._broken is not None
+
+    def closed_error(self) -> Exception:
+        """What to raise to somebody who uses a connection that no longer serves them."""
+        if self._broken is None or self._closed_here:
+            reason = self.close_reason.value if self.close_reason else "closing"
+            return trio.ClosedResourceError(f"{self.name}: we closed this connection ({reason})")
+        error = trio.BrokenResourceError(f"{self.name}: {self._broken}")
+        error.__cause__ = self._broken
+        return error
+
+    def close(self, reason: CloseReason, *, reset: bool = False) -> None:
+        """Close the descriptor and wake everyone. Idempotent: the first reason stays."""
+        if self.state is ConnectionState.DISCONNECTED:
+            return
+        self.close_reason = reason
+        self._leave_loop()
+        if reset:
+            reset_on_close(self._sock)
+        if self.stream is None:
+            self._sock.close()
+            return
+        if self._is_twin:
+            self._sock.detach()
+        # Tells trio, too: somebody may wait for the stream's descriptor.
+        self.stream.socket.close()
+
+    def _leave_loop(self) -> None:
+        self._become(ConnectionState.DISCONNECTED)
+        if self._linger is not None:
+            self._linger.stop()
+        if self._force_timer is not None:
+            self._force_timer.cancel()
+        self.write.channel.close()
+        self.write.fail()
+        self.read.close(self.closed_error() if self._broken else None)
+        if self._closed is not None:
+            self._closed.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until the descriptor is closed."""
+        if self.state is ConnectionState.DISCONNECTED:
+            await trio.lowlevel.checkpoint()
+            return
+        if self._closed is None:
+            self._closed = trio.Event()
+        await self._closed.wait()
+
+    # -- closing on purpose
+
+    def force_close(self, reason: CloseReason, *, reset: bool) -> None:
+        """Close now; drop what is queued; cancel the handler."""
+        self._closed_here = True
+        if self.state is not ConnectionState.DISCONNECTED:
+            # First, so that the handler sees one thing, the cancellation, and not two.
+            if self.handler_scope is not None:
+                self.handler_scope.cancel()
+            self.close(reason, reset=reset)
+
+    def force_close_after(self, seconds: float) -> None:
+        """`force_close` in a while. A later call replaces an earlier one."""
+        if self._force_timer is not None:
+            self._force_timer.cancel()
+        if self.state is not ConnectionState.DISCONNECTED:
+            self._force_timer = self.poller.call_at(
+                trio.current_time() + seconds,
+                lambda: self.force_close(CloseReason.FORCED, reset=False),
+            )
+
+    def start_ending(self) -> None:
+        """No more sends from here on; what is queued still goes."""
+        if self.state is ConnectionState.CONNECTED:
+            self._become(ConnectionState.DISCONNECTING)
+
+    def shutdown(self) -> None:
+        """Half-close after everything queued, within `linger`."""
+        if self.state is ConnectionState.CONNECTED:
+            self._start_linger()
+            self.write.end()
+
+    def _start_linger(self) -> None:
+        if self._linger_seconds is not None:
+            if self._linger is None:
+                self._linger = LingerWatch(self.write, self._linger_seconds, self._linger_expired)
+            self._linger.start()
+
+    def _linger_expired(self, reason: CloseReason | None) -> None:
+        self.close(reason or self._natural_reason())
+
+    def _natural_reason(self) -> CloseReason:
+        """The reason of a close by us, if nothing else comes between."""
+        if self._broken is not None:
+            return CloseReason.PEER_RESET
+        return CloseReason.PEER_EOF if self.read.eof else CloseReason.LOCAL_CLOSE
+
+    async def aclose(self) -> None:
+        """Flush, linger if the peer would lose our last bytes otherwise, close."""
+        self._closed_here = True
+        try:
+            if self._aclosing:
+                await self.wait_closed()
+            elif self.state is not ConnectionState.DISCONNECTED:
+                self._aclosing = True
+                # Before we change anything, or our own act would change the reason.
+                reason = self._natural_reason()
+                self.write.start_closing()
+                self.read.start_closing()
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await self._flush_and_linger()
+                self.close(reason)
+        except BaseException:
+            self.close(CloseReason.CANCELLED)
+            raise
+        await self.poller.wait_stopped()
+
+    async def _flush_and_linger(self) -> None:
+        if self.write.buffer.size:
+            self._start_linger()
+            await self.write.wait_at_most(0)
+        if self.read.eof or not self.read.has_unread():
+            # Closing sends FIN, and the kernel delivers the rest.
+            return
+        # Closing with unread input sends RST, which can overtake our last bytes.
+        self.write.end_now()
+        self._start_linger()
+        while self.read.discard():
+            await self.read.wait_readable()
+
+    def detach(self) -> bytes:
+        """Leave the loop without closing the descriptor; return what was read and not consumed."""
+        if self.write.buffer.size:
+            raise trio.BusyResourceError("data is still queued: await wait_drained() first")
+        if self.read.busy or self.read.dispatching:
+            raise trio.BusyResourceError("another task is receiving on this connection")
+        if self.state is not ConnectionState.CONNECTED:
+            raise self.closed_error()
+        left_over = self.read.buffer.take()
+        self._closed_here = True
+        self.close_reason = CloseReason.LOCAL_CLOSE
+        self._leave_loop()
+        if self._is_twin:
+            self._sock.detach()
+        return left_over
+
+    # -- what the halves tell
+
+    def on_receive_failed(self, error: OSError) -> None:
+        """A read found the connection broken: nothing is left in it."""
+        if self._broken is None:
+            self._broken = broken(error)
+        self.close(CloseReason.PEER_RESET)
+
+    def on_send_failed(self, error: OSError) -> None:
+        """A write found the connection broken. What came before the break may still be unread."""
+        if self._broken is None:
+            self._broken = broken(error)
+        if error.errno != errno.EPIPE:
+            # EPIPE: the peer had sent its EOF before, and that stays a clean one to read.
+            self.read.reset_error = error
+        self.write.fail()
+        # Somebody who reads will find the end. A paused dispatch, or nobody, will not.
+        if not self.read.busy and (self.read.dispatching or not self.read.has_unread()):
+            self.close(CloseReason.PEER_RESET)
+
+    def on_send_buffer_full(self) -> None:
+        """The peer is too slow for a sender that does not wait."""
+        self._broken = trio.BrokenResourceError("the send buffer reached its limit")
+        self.close(CloseReason.SLOW_CONSUMER)
+
+    def on_send_torn(self) -> None:
+        """A message was cut off half-way, so nothing can follow it."""
+        if self.state is not ConnectionState.DISCONNECTED:
+            self._broken = trio.BrokenResourceError("a send_all was cancelled half-way")
+            self.close(CloseReason.CANCELLED)
+
+    def on_write_stalled(self) -> None:
+        """The kernel has taken nothing for `Timeouts.write_stall` seconds."""
+        self.force_close(CloseReason.WRITE_STALLED, reset=False)
+
+    def on_eof_sent(self) -> None:
+        """Our EOF is on its way; a linger that runs begins anew."""
+        if self._linger is not None:
+            self._linger.start()
+
+    def on_high_water_mark(self) -> None:
+        """The send buffer rose above the high mark."""
+        if self.callbacks is not None:
+            self.callbacks.on_high_water_mark(self.write.buffer.size)
+
+    def on_low_water_mark(self) -> None:
+        """The send buffer sank to the low mark."""
+        if self.callbacks is not None:
+            self.callbacks.on_low_water_mark(self.write.buffer.size)
+
+    def on_write_complete(self) -> None:
+        """Everything sent is with the kernel."""
+        if self.callbacks is not None:
+            self.callbacks.on_write_complete()

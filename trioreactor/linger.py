@@ -1,0 +1,60 @@
+"""LingerWatch: the bound on how long a closing connection may wait for its peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from trioreactor.state import CloseReason
+
+if TYPE_CHECKING:
+    from trioreactor.timer_queue import Timer
+    from trioreactor.write_half import WriteHalf
+
+
+class LingerWatch:
+    """Ends a connection that makes no headway while it closes.
+
+    While data is queued, each `linger` seconds must take at least a low-water mark's worth of it
+    away, so the whole wait has an end however slowly the peer drips. Once our EOF is sent, the
+    peer has `linger` seconds to send its own.
+    """
+
+    __slots__ = ("_expire", "_linger", "_target", "_timer", "_write")
+
+    def __init__(
+        self, write: WriteHalf, linger: float, expire: Callable[[CloseReason | None], None]
+    ) -> None:
+        self._write = write
+        self._linger = linger
+        # Told the reason: WRITE_STALLED, or None where everything was sent.
+        self._expire = expire
+        # What may still be queued when the timer fires.
+        self._target = 0
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """Begin a period, now."""
+        self.stop()
+        self._target = max(0, self._write.buffer.size - self._write.buffer.low)
+        self._timer = self._write.channel.poller.call_at(
+            trio.current_time() + self._linger, self._check
+        )
+
+    def stop(self) -> None:
+        """End the watch. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self) -> None:
+        self._timer = None
+        size = self._write.buffer.size
+        if not size:
+            self._expire(None)
+        elif size > self._target:
+            self._expire(CloseReason.WRITE_STALLED)
+        else:
+            self.start()

@@ -1,0 +1,385 @@
+"""ReadHalf: a connection's way in, in both modes.
+
+In coroutine mode it reads lazily: unread data stays in the kernel, so the peer feels that nobody
+takes it. In dispatch mode it reads in the poller and calls the user's function there.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
+
+import trio
+
+from trioreactor.buffer import Buffer
+from trioreactor.errors import ReceiveBufferFull
+from trioreactor.sockets import broken
+
+if TYPE_CHECKING:
+    import contextvars
+
+    from trioreactor.channel import Channel
+    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.write_half import WriteHalf
+
+# One read, in bytes. (trio's and asyncio's usual size is 64 KiB to 256 KiB)
+RECEIVE_SIZE = 65536
+
+OnMessage = Callable[[Any, Buffer], object]
+Args = TypeVarTuple("Args")
+
+
+class ReadHalfOwner(Protocol):
+    """What the read half tells its connection. All are called in the loop and never raise."""
+
+    def on_receive_failed(self, error: OSError) -> None: ...
+    def closed_error(self) -> Exception: ...
+
+
+# A poller's task is protected from KeyboardInterrupt. A user's callback should not be: Ctrl-C
+# has to get out of one that never returns. What it raises is caught like every other error.
+@trio.lowlevel.disable_ki_protection
+def _call_user(fn: OnMessage, conn: object, buffer: Buffer) -> None:
+    fn(conn, buffer)
+
+
+class ReadHalf:
+    """Reads for one task at a time, or for one callback."""
+
+    __slots__ = (
+        "_closed",
+        "_conn",
+        "_context",
+        "_error",
+        "_limit",
+        "_on_message",
+        "_owner",
+        "_sock",
+        "_task",
+        "_write",
+        "buffer",
+        "bytes_received",
+        "channel",
+        "eof",
+        "reading",
+        "reset_error",
+    )
+
+    channel: Channel
+    _context: contextvars.Context
+
+    def __init__(
+        self,
+        owner: ReadHalfOwner,
+        sock: ConnectedSocket,
+        write: WriteHalf,
+        receive_limit: int | None,
+    ) -> None:
+        self._owner = owner
+        self._sock = sock
+        # Corked around callbacks, so that what they send leaves together.
+        self._write = write
+        self._limit = receive_limit
+        # What was read and not consumed: only a dispatch callback leaves anything here.
+        self.buffer = Buffer()
+        self.bytes_received = 0
+        self.reading = True
+        # The peer's EOF has been read.
+        self.eof = False
+        # A send met a reset, which took the kernel's note of it: the "EOF" that a read will find
+        # after the data is none.
+        self.reset_error: OSError | None = None
+        # The task in receive_some or dispatch.
+        self._task: trio.lowlevel.Task | None = None
+        # Set while dispatching, with the connection and the context to call it with.
+        self._conn: object = None
+        self._on_message: OnMessage | None = None
+        # What dispatch has to raise.
+        self._error: BaseException | None = None
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody reads, and so will find an error or an EOF by themselves."""
+        return self._task is not None and self.reading
+
+    @property
+    def dispatching(self) -> bool:
+        """Whether a dispatch runs, paused or not."""
+        return self._on_message is not None
+
+    # -- coroutine mode
+
+    async def receive_some(self, max_bytes: int | None) -> bytes:
+        """Wait for input and return it: see `TcpConnection.receive_some`."""
+        if max_bytes is None:
+            max_bytes = RECEIVE_SIZE
+        elif operator.index(max_bytes) < 1:
+            raise ValueError(f"receive_some({max_bytes}): pass at least 1 byte, or None")
+        if self._task is not None:
+            raise trio.BusyResourceError("another task is already receiving on this connection")
+        waited = False
+        while True:
+            if self._closed:
+                raise self._owner.closed_error()
+            if (self.channel.readable and self.reading) or self.buffer or self.eof:
+                if not waited:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                data = self._receive(max_bytes)
+                if data is not None:
+                    if not waited:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    return data
+            else:
+                if not self.channel.read_armed:
+                    self.channel.want_read()
+                self._task = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort)
+                waited = True
+
+    def _receive(self, max_bytes: int) -> bytes | None:
+        """What is there, b"" at EOF, or None if there is nothing yet."""
+        if self.buffer:
+            return self.buffer.take(min(max_bytes, len(self.buffer)))
+        if self.eof:
+            return b""
+        channel = self.channel
+        try:
+            data = self._sock.recv(max_bytes)
+        except BlockingIOError:
+            channel.readable = False
+            return None
+        except OSError as error:
+            self._owner.on_receive_failed(error)
+            raise broken(error) from error
+        n = len(data)
+        if n < max_bytes and not channel.hangup:
+            channel.readable = False
+        if not n:
+            self._see_eof()
+            if self._closed:
+                raise self._owner.closed_error()
+        self.bytes_received += n
+        return data
+
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._task = None
+        self._on_message = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    # -- dispatch mode
+
+    async def dispatch(self, conn: object, on_message: OnMessage) -> None:
+        """Call *on_message* for input until EOF or close: see `TcpConnection.dispatch`."""
+        if self._task is not None:
+            raise trio.BusyResourceError("another task is already receiving on this connection")
+        if self._closed:
+            raise self._owner.closed_error()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.eof:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        task = self._task = trio.lowlevel.current_task()
+        self._on_message = on_message
+        self._conn = conn
+        self._context = task.context
+        self._begin_reading()
+        await trio.lowlevel.wait_task_rescheduled(self._abort)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def on_readable(self) -> None:
+        """There is input, an EOF or an error."""
+        on_message = self._on_message
+        channel = self.channel
+        if on_message is None or not self.reading:
+            if self.busy:
+                self._wake()
+            elif channel.failed:
+                self._look_for_reset()
+            return
+        size = RECEIVE_SIZE
+        if self._limit is not None and self.buffer:
+            size = min(size, self._limit - len(self.buffer))
+        try:
+            data = self._sock.recv(size)
+        except BlockingIOError:
+            channel.readable = False
+            if not channel.read_armed:
+                channel.want_read()
+            return
+        except OSError as error:
+            self._owner.on_receive_failed(error)
+            return
+        n = len(data)
+        if not n:
+            self._see_eof()
+            self._finish(None)
+            return
+        self.bytes_received += n
+        self.buffer.append(data)
+        if n == size or channel.hangup:
+            # More may be there; the others have their turn first.
+            channel.read_again()
+        else:
+            channel.readable = False
+            if not channel.read_armed:
+                channel.want_read()
+        self._deliver(on_message)
+
+    def _deliver(self, on_message: OnMessage) -> None:
+        write = self._write
+        write.corked = True
+        try:
+            self._context.run(_call_user, on_message, self._conn, self.buffer)
+        except BaseException as error:
+            self._finish(error)
+        write.corked = False
+        if write.buffer.size:
+            write.flush()
+        if (
+            self._limit is not None
+            and len(self.buffer) >= self._limit
+            and self.reading
+            and self._on_message is not None
+        ):
+            self._finish(
+                ReceiveBufferFull(
+                    f"on_message left {len(self.buffer)} bytes unconsumed, and receive_limit is "
+                    f"{self._limit}: raise Watermarks(receive_limit=...), or call stop_reading() "
+                    "to wait on purpose"
+                )
+            )
+
+    def _deliver_left_over(self) -> None:
+        if self._on_message is not None and self.reading and self.buffer:
+            self._deliver(self._on_message)
+
+    def run_in_context(self, fn: Callable[[*Args], object], *args: *Args) -> None:
+        """Call *fn*, in the context of the task that dispatches if there is one."""
+        if self._on_message is not None:
+            self._context.run(fn, *args)
+        else:
+            fn(*args)
+
+    def callback_failed(self, error: BaseException) -> bool:
+        """Raise *error* out of a running dispatch. False if none runs."""
+        if self._on_message is None:
+            return False
+        self._finish(error)
+        return True
+
+    def _finish(self, error: BaseException | None) -> None:
+        """End a running dispatch."""
+        if self._on_message is not None:
+            self._on_message = None
+            self._error = error
+            self._wake()
+
+    # -- both
+
+    def stop_reading(self) -> None:
+        """Leave input in the kernel. Idempotent."""
+        self.reading = False
+
+    def start_reading(self) -> None:
+        """Take input again. Idempotent."""
+        if not self.reading:
+            self.reading = True
+            if not self._closed:
+                self._begin_reading()
+
+    def _begin_reading(self) -> None:
+        """Catch up on what no further event will tell of."""
+        channel = self.channel
+        if self._on_message is not None and self.buffer:
+            channel.poller.call_soon(self._deliver_left_over)
+        if channel.readable:
+            channel.read_again()
+        elif not channel.read_armed:
+            channel.want_read()
+
+    def discard(self) -> bool:
+        """Read and drop what is there, for a close that lingers. False once nothing can come.
+
+        The peer's bytes must leave our kernel before the socket closes, or closing sends a reset
+        that can destroy our own last bytes on their way.
+        """
+        self.buffer = Buffer()
+        while not self.eof:
+            try:
+                data = self._sock.recv(RECEIVE_SIZE)
+            except BlockingIOError:
+                self.channel.readable = False
+                return True
+            except OSError as error:
+                self._owner.on_receive_failed(error)
+                return False
+            self.bytes_received += len(data)
+            if not data:
+                self._see_eof()
+            elif len(data) == RECEIVE_SIZE:
+                # More than one read is for later: a peer that floods must not keep us here.
+                return True
+        return False
+
+    async def wait_readable(self) -> None:
+        """Wait for something to `discard`."""
+        if self.channel.readable or self.channel.closed:
+            await trio.lowlevel.checkpoint()
+            return
+        if not self.channel.read_armed:
+            self.channel.want_read()
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def start_closing(self) -> None:
+        """`aclose` has begun: whoever reads hears of it. Reading goes on only in `discard`."""
+        self._closed = True
+        self.reading = True
+        self._on_message = None
+        self._wake()
+
+    def close(self, error: BaseException | None) -> None:
+        """The socket is closed: wake whoever reads; a dispatch raises *error*. Idempotent."""
+        self._closed = True
+        if self._on_message is not None:
+            self._finish(error)
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._task is not None:
+            task, self._task = self._task, None
+            self.channel.poller.woke = True
+            trio.lowlevel.reschedule(task)
+
+    def _see_eof(self) -> None:
+        if self.reset_error is not None:
+            self._owner.on_receive_failed(self.reset_error)
+        else:
+            self.eof = True
+
+    def has_unread(self) -> bool:
+        """Whether there is input that nobody has read. False at EOF and on a broken socket."""
+        try:
+            return bool(self.buffer or self._sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def _look_for_reset(self) -> None:
+        """Nobody reads and the poller saw an error: close, unless something would be lost."""
+        if self._on_message is None and self.has_unread():
+            # What came before the reset can still be read; then the error is found.
+            return
+        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            # A dispatch is paused until better times: it must hear that none will come.
+            self._owner.on_receive_failed(OSError(number, os.strerror(number)))
+        else:
+            # The event was meant for a former owner of this descriptor.
+            self.channel.failed = False

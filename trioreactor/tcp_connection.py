@@ -1,0 +1,414 @@
+"""TcpConnection: one established connection, from the first byte to the closed descriptor."""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from trioreactor.address import SocketAddress, format_address
+from trioreactor.buffer import Buffer
+from trioreactor.connection_callbacks import ConnectionCallbacks
+from trioreactor.default_poller import current_poller
+from trioreactor.lifecycle import Lifecycle
+from trioreactor.options import Timeouts, Watermarks
+from trioreactor.sockets import ConnectedSocket, TcpInfo, read_tcp_info, stdlib_twin
+from trioreactor.state import CloseReason, ConnectionState
+
+MessageCallback = Callable[["TcpConnection", Buffer], object]
+WriteCompleteCallback = Callable[["TcpConnection"], object]
+WaterMarkCallback = Callable[["TcpConnection", int], object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectionStatistics:
+    """A connection's counters at one moment."""
+
+    bytes_received: int
+    """Taken from the kernel."""
+    bytes_sent: int
+    """Given to the kernel."""
+    buffered: int
+    """Queued for sending."""
+    pauses: int
+    """Times the send buffer rose above the high-water mark."""
+    resumes: int
+    """Times it sank to the low one after that."""
+
+
+class TcpConnection(trio.abc.HalfCloseableStream):
+    """An established connection, over TCP or a Unix socket: a `trio.abc.HalfCloseableStream`.
+
+    It owns *stream* from here on and closes it. Nobody else may read, write or close that stream
+    before `detach`. Not reusable: a closed connection stays closed. Use it from the trio run it
+    was made in; from other threads go through `EventLoop.queue_in_loop`.
+
+    Errors: `trio.ClosedResourceError` after we closed, `trio.BrokenResourceError` after the peer or
+    the network did, `trio.BusyResourceError` when two tasks use the same way at once.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_draining",
+        "_life",
+        "_read",
+        "_sock",
+        "_write",
+        "context",
+        "local_address",
+        "peer_address",
+    )
+
+    context: Any
+    """Yours: the library never looks at it."""
+    local_address: SocketAddress
+    """Our end."""
+    peer_address: SocketAddress
+    """The other end, as `accept` returned it; empty if it was gone before it could be asked."""
+
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        *,
+        name: str | None = None,
+        watermarks: Watermarks = Watermarks(),
+        timeouts: Timeouts = Timeouts(),
+    ) -> None:
+        sock = stdlib_twin(stream.socket)
+        try:
+            self._set_up(
+                sock, stream, sock.getsockname(), _peer_of(sock), name, watermarks, timeouts
+            )
+        except BaseException:
+            sock.detach()
+            raise
+
+    @classmethod
+    def from_socket(
+        cls,
+        sock: ConnectedSocket,
+        *,
+        local_address: SocketAddress,
+        peer_address: SocketAddress,
+        name: str | None = None,
+        watermarks: Watermarks = Watermarks(),
+        timeouts: Timeouts = Timeouts(),
+    ) -> TcpConnection:
+        """Make one from a connected, non-blocking standard socket, which it then owns.
+
+        This is how the server makes them: `stream` is built only if somebody asks for it.
+        """
+        self = cls.__new__(cls)
+        self._set_up(sock, None, local_address, peer_address, name, watermarks, timeouts)
+        return self
+
+    def _set_up(
+        self,
+        sock: ConnectedSocket,
+        stream: trio.SocketStream | None,
+        local_address: SocketAddress,
+        peer_address: SocketAddress,
+        name: str | None,
+        watermarks: Watermarks,
+        timeouts: Timeouts,
+    ) -> None:
+        self.local_address = local_address
+        self.peer_address = peer_address
+        self.context = None
+        self._draining: trio.Event | None = None
+        self._sock = sock
+        if name is None:
+            name = f"{format_address(local_address)}-{format_address(peer_address)}"
+        self._life = Lifecycle(name, sock, stream, current_poller(), watermarks, timeouts)
+        # Shortcuts for what is called most.
+        self._read = self._life.read
+        self._write = self._life.write
+
+    # -- identity
+
+    @property
+    def name(self) -> str:
+        """For logs and registries. A server numbers its own; else the two addresses."""
+        return self._life.name
+
+    @property
+    def state(self) -> ConnectionState:
+        """Where the connection stands."""
+        return self._life.state
+
+    @property
+    def close_reason(self) -> CloseReason | None:
+        """Why it was closed; None until then."""
+        return self._life.close_reason
+
+    @property
+    def broken(self) -> bool:
+        """Whether the peer or the network has broken it. Input from before may still be unread."""
+        return self._life.broken
+
+    @property
+    def stream(self) -> trio.SocketStream:
+        """The stream underneath, for looking only: use `detach` to take it over."""
+        if self._life.stream is None:
+            assert isinstance(self._sock, stdlib_socket.socket)
+            self._life.stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
+        return self._life.stream
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The trio socket, for handlers written for `trio.SocketStream`."""
+        return self.stream.socket
+
+    @property
+    def draining(self) -> trio.Event:
+        """Set when the server drains: finish what you are at and return."""
+        if self._draining is None:
+            self._draining = trio.Event()
+        return self._draining
+
+    @property
+    def handler_scope(self) -> trio.CancelScope | None:
+        """What `force_close` cancels: set by whoever runs a handler for this connection."""
+        return self._life.handler_scope
+
+    @handler_scope.setter
+    def handler_scope(self, scope: trio.CancelScope | None) -> None:
+        self._life.handler_scope = scope
+
+    def __repr__(self) -> str:
+        return f"<TcpConnection {self.name} {self.state.value}>"
+
+    # -- sending
+
+    def send(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send *data* without ever blocking; all of it is taken, in order.
+
+        True: go on. False: the send buffer has risen above the high-water mark, so wait with
+        `wait_send_all_might_not_block` before sending more; it stays False until the buffer has
+        sunk to the low one. Empty data does nothing. In a dispatch callback, what several calls
+        send leaves together after the callback.
+
+        Raises `trio.ClosedResourceError` after `shutdown`, `send_eof` or a close,
+        `trio.BrokenResourceError` on a broken connection, `SendBufferFull` if it would take the
+        buffer over the hard limit (the connection is closed then), and `trio.BusyResourceError`
+        while a `send_all` streams data larger than that limit. Never drops anything silently.
+        """
+        return self._write.send(data)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send *data*: all of it is queued at once, then this waits while the peer is slow.
+
+        It waits only if the send buffer rose above the high-water mark, until it has sunk to the
+        low one. Cancelling that wait loses nothing and leaves no hole: the data is queued and
+        will be sent. Cancelled before, nothing is queued. Data larger than `Watermarks.limit` is
+        streamed in slices; cancelling that breaks the connection, for half a message cannot be
+        taken back. Errors are those of `send`.
+        """
+        await self._write.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the send buffer is not congested: at or below the low-water mark if it had
+        risen above the high one. Cancelling changes nothing.
+        """
+        await self._write.wait_send_all_might_not_block()
+
+    async def wait_drained(self) -> None:
+        """Wait until everything queued is with the kernel. Any number of tasks may wait.
+
+        `trio.BrokenResourceError` or `trio.ClosedResourceError` if that will not happen.
+        """
+        await self._write.wait_drained()
+
+    def shutdown(self) -> None:
+        """Half-close once everything queued is sent; input can still be read. Idempotent.
+
+        The peer then has `Timeouts.linger` seconds to close its side, or the connection is
+        closed. To half-close and read on for as long as you like, use `send_eof`.
+        """
+        self._life.shutdown()
+
+    async def send_eof(self) -> None:
+        """Half-close after everything queued, and wait until that is done. Idempotent.
+
+        Cancelling the wait changes nothing: the EOF follows the data. Errors are those of `send`.
+        """
+        await self._write.send_eof()
+
+    # -- receiving
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for input and return up to *max_bytes* of it (None: what one read gives).
+
+        ``b""`` at the peer's EOF, every time. Cancelling loses nothing. Raises
+        `trio.BrokenResourceError` after what came before the break has been read, and
+        `trio.ClosedResourceError` once we have closed.
+        """
+        return await self._read.receive_some(max_bytes)
+
+    async def dispatch(
+        self,
+        on_message: MessageCallback,
+        *,
+        write_complete: WriteCompleteCallback | None = None,
+        high_water_mark: WaterMarkCallback | None = None,
+        low_water_mark: WaterMarkCallback | None = None,
+    ) -> None:
+        """Callback mode: call ``on_message(conn, buffer)`` for input, until EOF or close.
+
+        The callback takes from the `Buffer` what it wants; what it leaves is there again next
+        time, together with what came since. It runs in this task's context, in the reactor, so it
+        must not block. The other callbacks, if given, replace the connection's own attributes.
+
+        Returns at the peer's EOF and after a close of ours. Raises what a callback raises,
+        `trio.BrokenResourceError` if the connection breaks, and `ReceiveBufferFull` if the
+        callback leaves `Watermarks.receive_limit` bytes unread without `stop_reading`. Cancelling
+        ends callback mode; unconsumed bytes come from the next `receive_some` or `dispatch`.
+        """
+        if write_complete is not None:
+            self.write_complete_callback = write_complete
+        if high_water_mark is not None:
+            self.high_water_mark_callback = high_water_mark
+        if low_water_mark is not None:
+            self.low_water_mark_callback = low_water_mark
+        await self._read.dispatch(self, on_message)
+
+    @property
+    def reading(self) -> bool:
+        """False between `stop_reading` and `start_reading`."""
+        return self._read.reading
+
+    def stop_reading(self) -> None:
+        """Leave input in the kernel, so that the peer feels it: no callbacks, and `receive_some`
+        waits. Idempotent.
+        """
+        self._read.stop_reading()
+
+    def start_reading(self) -> None:
+        """Take input again; a dispatch callback is called soon for what it had left. Idempotent."""
+        self._read.start_reading()
+
+    # -- callbacks
+
+    @property
+    def write_complete_callback(self) -> WriteCompleteCallback | None:
+        """Called with the connection when the send buffer has become empty after a send, also
+        when it never filled. Never inside `send`, never recursively.
+        """
+        return self._life.callbacks.write_complete if self._life.callbacks else None
+
+    @write_complete_callback.setter
+    def write_complete_callback(self, fn: WriteCompleteCallback | None) -> None:
+        self._own_callbacks().write_complete = fn
+        self._write.notify_complete = fn is not None
+
+    @property
+    def high_water_mark_callback(self) -> WaterMarkCallback | None:
+        """Called with the connection and the buffer's size, once for each time that it rises
+        above the high-water mark.
+        """
+        return self._life.callbacks.high_water_mark if self._life.callbacks else None
+
+    @high_water_mark_callback.setter
+    def high_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
+        self._own_callbacks().high_water_mark = fn
+
+    @property
+    def low_water_mark_callback(self) -> WaterMarkCallback | None:
+        """Called with the connection and the buffer's size, once for each time that it sinks to
+        the low-water mark after having been above the high one.
+        """
+        return self._life.callbacks.low_water_mark if self._life.callbacks else None
+
+    @low_water_mark_callback.setter
+    def low_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
+        self._own_callbacks().low_water_mark = fn
+
+    def _own_callbacks(self) -> ConnectionCallbacks:
+        life = self._life
+        if life.callbacks is None:
+            life.callbacks = ConnectionCallbacks(self, life.read, life.poller)
+        return life.callbacks
+
+    # -- the end
+
+    async def aclose(self) -> None:
+        """Close gracefully: send what is queued, then close. Idempotent.
+
+        Tasks blocked on this connection hear of it at once (`trio.ClosedResourceError`). With
+        unread input it half-closes first and reads on until the peer's EOF, for closing then would
+        send a reset that can destroy our last bytes. Each of these waits is bounded by
+        `Timeouts.linger`. Cancelling closes at once; what was still queued is lost.
+        """
+        await self._life.aclose()
+
+    def force_close(self, reason: CloseReason = CloseReason.FORCED, *, reset: bool = False) -> None:
+        """Close at once, from anywhere in the loop, a callback too. Idempotent.
+
+        What is queued is dropped, everyone blocked on the connection is woken, and the handler's
+        scope is cancelled. With *reset* the peer gets RST instead of FIN.
+        """
+        self._life.force_close(reason, reset=reset)
+
+    def force_close_after(self, seconds: float) -> None:
+        """`force_close` in *seconds*, unless it is closed by then. A later call replaces this."""
+        if not seconds >= 0:
+            raise ValueError(f"force_close_after({seconds!r}): pass at least 0 seconds")
+        self._life.force_close_after(seconds)
+
+    async def wait_closed(self) -> None:
+        """Wait until the descriptor is closed, by whomever. Any number of tasks may wait."""
+        await self._life.wait_closed()
+
+    def detach(self) -> tuple[trio.SocketStream, bytes]:
+        """Hand the socket back, with what was read from it and not consumed.
+
+        The connection is closed after this, but the stream is open and yours. Raises
+        `trio.BusyResourceError` if data is still queued or a task is receiving.
+        """
+        stream = self.stream
+        return stream, self._life.detach()
+
+    # -- the socket
+
+    def set_no_delay(self, no_delay: bool) -> None:
+        """Set TCP_NODELAY; nothing on a Unix socket."""
+        # A Unix socket's address is a path.
+        if isinstance(self.local_address, tuple):
+            self.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, no_delay)
+
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
+        """Set a socket option, as `trio.SocketStream.setsockopt`."""
+        self._sock.setsockopt(level, option, value)
+
+    def getsockopt(self, level: int, option: int, buffersize: int = 0) -> int | bytes:
+        """Read a socket option, as `trio.SocketStream.getsockopt`."""
+        if not buffersize:
+            return self._sock.getsockopt(level, option)
+        return self._sock.getsockopt(level, option, buffersize)
+
+    def tcp_info(self) -> TcpInfo | None:
+        """What the kernel knows of this connection; None off Linux and on Unix sockets."""
+        return read_tcp_info(self._sock)
+
+    def statistics(self) -> ConnectionStatistics:
+        """The counters as they are now; they stay readable after the close."""
+        write = self._write
+        return ConnectionStatistics(
+            bytes_received=self._read.bytes_received,
+            bytes_sent=write.bytes_sent,
+            buffered=write.buffer.size,
+            pauses=write.pauses,
+            resumes=write.resumes,
+        )
+
+
+def _peer_of(sock: stdlib_socket.socket) -> SocketAddress:
+    try:
+        peer: SocketAddress = sock.getpeername()
+    except OSError:
+        # Reset already: the first read or write will say so.
+        return ""
+    return peer
