@@ -1,0 +1,110 @@
+"""ConnectionLimiter: who may come in. It decides at once; waiting is a separate step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import trio
+
+from trioreactor.address import SocketAddress, peer_key
+from trioreactor.options import Limits
+
+
+class ConnectionLimiter:
+    """Counts connections against `Limits`, which may be changed at any time.
+
+    A permit is taken before `accept` and given back when the connection ends, so the count is
+    exact. Lowering a limit closes nobody; it holds for newcomers.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._permits = 0
+        self._peers: Counter[str] = Counter()
+        self._lot = trio.lowlevel.ParkingLot()
+        # Token bucket of the accept rate: how many may come at once, and when that was reckoned.
+        self._tokens = self._burst
+        self._reckoned = float("-inf")
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force. Setting them wakes whoever waits for room."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self._tokens = min(self._tokens, self._burst)
+        self._lot.unpark_all()
+
+    @property
+    def _burst(self) -> float:
+        rate = self._limits.accept_rate
+        return max(1.0, rate) if rate is not None else 1.0
+
+    def try_acquire(self) -> str | None:
+        """Take a permit. None if it was granted, else which limit is in the way."""
+        limits = self._limits
+        if limits.connections is not None and self._permits >= limits.connections:
+            return "connections"
+        if limits.accept_rate is not None:
+            if self._seconds_to_token(limits.accept_rate) > 0:
+                return "accept_rate"
+            self._tokens -= 1
+        self._permits += 1
+        return None
+
+    def give_back(self) -> None:
+        """Return a permit that was not used: nobody was there to accept."""
+        if self._limits.accept_rate is not None:
+            self._tokens = min(self._burst, self._tokens + 1)
+        self.release()
+
+    def try_enter(self, address: SocketAddress) -> bool:
+        """Count a connection, which has a permit, against its peer's share. False: no room."""
+        key = peer_key(address)
+        most = self._limits.per_peer
+        if key is not None:
+            if most is not None and self._peers[key] >= most:
+                return False
+            self._peers[key] += 1
+        return True
+
+    def leave(self, address: SocketAddress) -> None:
+        """A connection that had entered has ended: free its place and its permit."""
+        key = peer_key(address)
+        if key is not None:
+            self._peers[key] -= 1
+            if not self._peers[key]:
+                del self._peers[key]
+        self.release()
+
+    def release(self) -> None:
+        """Free a permit whose connection did not enter."""
+        self._permits -= 1
+        self._lot.unpark()
+
+    async def wait_for_room(self) -> None:
+        """Wait until `try_acquire` is worth a try."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            limits = self._limits
+            if limits.connections is not None and self._permits >= limits.connections:
+                await self._lot.park()
+                continue
+            wait = 0.0
+            if limits.accept_rate is not None:
+                wait = self._seconds_to_token(limits.accept_rate)
+            if wait <= 0:
+                return
+            # New limits end the wait, too.
+            with trio.move_on_after(wait):
+                await self._lot.park()
+
+    def _seconds_to_token(self, rate: float) -> float:
+        now = trio.current_time()
+        if self._reckoned > float("-inf"):
+            self._tokens = min(self._burst, self._tokens + (now - self._reckoned) * rate)
+        self._reckoned = now
+        # The clock's grain must not make a whole token look like a little less.
+        return (1 - self._tokens) / rate if self._tokens < 1 - 1e-9 else 0.0
