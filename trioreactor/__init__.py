@@ -1,0 +1,61 @@
+"""trioreactor: a structured-concurrency TCP toolkit for trio."""
+
+from trioreactor.acceptor import Acceptor, AcceptorStatistics
+from trioreactor.address import SocketAddress, format_address
+from trioreactor.buffer import Buffer
+from trioreactor.callbacks import Callbacks
+from trioreactor.errors import (
+    IllegalStateTransition,
+    ProtocolError,
+    ReceiveBufferFull,
+    SendBufferFull,
+    TrioReactorError,
+)
+from trioreactor.event_loop import EventLoop
+from trioreactor.listen import open_tcp_acceptors, open_unix_acceptor
+from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
+from trioreactor.server_statistics import DrainReport, ServerStatistics
+from trioreactor.sockets import TcpInfo
+from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.tcp_connection import ConnectionStatistics, TcpConnection
+from trioreactor.tcp_server import TcpServer, serve_tcp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # servers
+    "TcpServer",
+    "serve_tcp",
+    "Callbacks",
+    "DrainReport",
+    "ServerStatistics",
+    # connections
+    "TcpConnection",
+    "ConnectionStatistics",
+    "ConnectionState",
+    "CloseReason",
+    "Buffer",
+    "TcpInfo",
+    # listening
+    "Acceptor",
+    "AcceptorStatistics",
+    "open_tcp_acceptors",
+    "open_unix_acceptor",
+    # options
+    "Watermarks",
+    "Limits",
+    "Timeouts",
+    "SocketOptions",
+    "Keepalive",
+    # the loop
+    "EventLoop",
+    # addresses
+    "SocketAddress",
+    "format_address",
+    # errors
+    "TrioReactorError",
+    "SendBufferFull",
+    "ProtocolError",
+    "ReceiveBufferFull",
+    "IllegalStateTransition",
+]

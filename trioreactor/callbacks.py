@@ -1,0 +1,49 @@
+"""Callbacks: a handler made of functions, for code in muduo's style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trioreactor.tcp_connection import (
+    MessageCallback,
+    TcpConnection,
+    WaterMarkCallback,
+    WriteCompleteCallback,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Callbacks:
+    """A handler that dispatches to functions: pass it wherever a handler is wanted.
+
+    What any of them raises ends that connection, as with any handler.
+    """
+
+    message: MessageCallback
+    """``message(conn, buffer)``: input has come."""
+    connection: Callable[[TcpConnection], object] | None = None
+    """``connection(conn)``: called when the connection is up (``conn.state`` is CONNECTED) and
+    again when it is down (DISCONNECTED, with ``conn.close_reason`` set)."""
+    write_complete: WriteCompleteCallback | None = None
+    """``write_complete(conn)``: everything sent is with the kernel."""
+    high_water_mark: WaterMarkCallback | None = None
+    """``high_water_mark(conn, size)``: the send buffer rose above the high mark."""
+    low_water_mark: WaterMarkCallback | None = None
+    """``low_water_mark(conn, size)``: it has sunk to the low one."""
+
+    async def __call__(self, conn: TcpConnection) -> None:
+        """Serve *conn* until its peer's EOF or its close, then close it."""
+        conn.write_complete_callback = self.write_complete
+        conn.high_water_mark_callback = self.high_water_mark
+        conn.low_water_mark_callback = self.low_water_mark
+        try:
+            if self.connection is not None:
+                self.connection(conn)
+            await conn.dispatch(self.message)
+        finally:
+            try:
+                await conn.aclose()
+            finally:
+                if self.connection is not None:
+                    self.connection(conn)

@@ -1,0 +1,392 @@
+"""TcpServer: one accept task for each listening socket and one task for each connection."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from types import MappingProxyType
+from typing import Any, cast
+
+import trio
+
+from trioreactor.acceptor import Acceptor
+from trioreactor.address import SocketAddress, format_address
+from trioreactor.errors import ProtocolError
+from trioreactor.limits import ConnectionLimiter
+from trioreactor.listen import open_tcp_acceptors
+from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks
+from trioreactor.server_statistics import DrainReport, ServerCounters, ServerStatistics
+from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.tcp_connection import TcpConnection
+
+logger = logging.getLogger("trioreactor.server")
+
+Handler = Callable[[TcpConnection], Awaitable[object]]
+
+# How long a drain waits for handlers that it has cancelled, when `Timeouts.linger` is off: as long
+# as that one's default.
+_UNWIND = 2.0
+
+# How many of a listening socket's backlog a drain still takes. A bound, for a flood must not keep
+# a server from ending; the default backlog of most systems.
+_LAST_CALL = 4096
+
+
+class TcpServer:
+    """Serves connections with *handler*, each in a task of its own.
+
+    *handler* is ``async def handler(conn)`` or `Callbacks`. When it returns, the connection is
+    closed gracefully. When it raises, the error is logged on ``trioreactor.server`` and that
+    connection is closed; the others do not notice. A peer that went away is no error.
+
+    Where to listen: *port* (0: the system chooses) on *host* (None: every address, IPv4 and
+    IPv6), or *listeners*: acceptors, or trio's socket listeners, which the server then owns.
+
+    A server serves once: make another to serve again.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        port: int | None = None,
+        *,
+        host: str | None = None,
+        listeners: Sequence[Acceptor | trio.SocketListener] | None = None,
+        name: str = "server",
+        watermarks: Watermarks = Watermarks(),
+        limits: Limits = Limits(),
+        timeouts: Timeouts = Timeouts(),
+        socket_options: SocketOptions = SocketOptions(),
+    ) -> None:
+        if not callable(handler):
+            raise TypeError(f"TcpServer({handler!r}): pass an async function or Callbacks")
+        if (port is None) == (listeners is None):
+            raise TypeError("TcpServer: pass either a port or listeners=[...]")
+        if listeners is not None and host is not None:
+            raise TypeError("TcpServer: host belongs to port; listeners have their own address")
+        self.name = name
+        self._handler = handler
+        self._port = port
+        self._host = host
+        self._given = listeners
+        self._watermarks = watermarks
+        self._timeouts = timeouts
+        self._socket_options = socket_options
+        self._limiter = ConnectionLimiter(limits)
+        self._acceptors: list[Acceptor] = []
+        # Where connections' tasks run, while serving.
+        self._nursery: trio.Nursery
+        self._started = False
+        # No more connections are wanted: close, drain, or the end of serve.
+        self._ending = False
+        self._draining = False
+        # Unset while `stop_accepting` holds.
+        self._may_accept = trio.Event()
+        self._may_accept.set()
+        self._connections: dict[str, TcpConnection] = {}
+        # Whoever waits for the last connection to end.
+        self._empty = trio.lowlevel.ParkingLot()
+        self._serial = count(1)
+        self._counters = ServerCounters()
+        self.connections: Mapping[str, TcpConnection] = MappingProxyType(self._connections)
+        """The living connections by name: read-only, always up to date."""
+
+    def __repr__(self) -> str:
+        where = ", ".join(map(format_address, self.addresses)) or "nothing"
+        return f"<TcpServer {self.name} on {where}, {len(self._connections)} connections>"
+
+    @property
+    def addresses(self) -> list[SocketAddress]:
+        """Where it listens: empty before it has bound and after it has stopped."""
+        return [] if self._ending else [acceptor.address for acceptor in self._acceptors]
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force. They may be set while serving: they hold for newcomers."""
+        return self._limiter.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limiter.limits = limits
+
+    def statistics(self) -> ServerStatistics:
+        """The counters as they are now."""
+        shed = sum(acceptor.statistics().shed for acceptor in self._acceptors)
+        return self._counters.snapshot(self._connections.values(), shed)
+
+    # -- serving
+
+    async def serve(
+        self,
+        *,
+        handler_nursery: trio.Nursery | None = None,
+        task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until cancelled, closed or drained.
+
+        Reports the acceptors once it listens, so ``await nursery.start(server.serve)`` returns
+        when clients can connect. With *handler_nursery*, connections' tasks run there and may
+        outlive this call; else all have ended when it returns, and every descriptor is closed.
+
+        Raises `OSError` if it cannot listen, or if a listening socket itself fails. Cancelling
+        closes every connection at once.
+        """
+        if self._started:
+            raise RuntimeError("this server has served already: make another TcpServer")
+        self._started = True
+        self._acceptors = await self._open()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = handler_nursery or nursery
+                for acceptor in self._acceptors:
+                    nursery.start_soon(self._accept_loop, acceptor, name=repr(acceptor))
+                task_status.started(list(self._acceptors))
+        except BaseExceptionGroup as group:
+            raise _lone(group) from None
+        finally:
+            self._ending = True
+            for acceptor in self._acceptors:
+                acceptor.close()
+            with trio.CancelScope(shield=True):
+                for acceptor in self._acceptors:
+                    await acceptor.aclose()
+
+    async def _open(self) -> list[Acceptor]:
+        if self._given is None:
+            assert self._port is not None
+            return await open_tcp_acceptors(
+                self._port, host=self._host, socket_options=self._socket_options
+            )
+        return [
+            acceptor
+            if isinstance(acceptor, Acceptor)
+            else Acceptor(acceptor.socket, socket_options=self._socket_options)
+            for acceptor in self._given
+        ]
+
+    async def _accept_loop(self, acceptor: Acceptor) -> None:
+        try:
+            while not self._ending:
+                await self._may_accept.wait()
+                await acceptor.wait_acceptable()
+                if self._may_accept.is_set() and not self._accept(acceptor, acceptor.batch):
+                    await self._limiter.wait_for_room()
+        except trio.ClosedResourceError:
+            if not self._ending:
+                raise
+
+    def _accept(self, acceptor: Acceptor, most: int | None) -> bool:
+        """Take up to *most* of those that wait (None: all). False if a limit says to wait."""
+        for taken in count():
+            if taken == most:
+                break
+            # The permit comes first, so that the limit is exact.
+            obstacle = self._limiter.try_acquire()
+            if obstacle and self.limits.when_full == "wait":
+                return False
+            accepted = acceptor.accept_nowait()
+            if accepted is None:
+                if not obstacle:
+                    self._limiter.give_back()
+                break
+            sock, peer = accepted
+            if not obstacle and not self._limiter.try_enter(peer):
+                self._limiter.release()
+                obstacle = "per_peer"
+            if obstacle:
+                sock.close()
+                self._counters.rejected[obstacle] += 1
+                continue
+            self._start(acceptor, sock, peer)
+        return True
+
+    def _start(self, acceptor: Acceptor, sock: socket.socket, peer: SocketAddress) -> None:
+        try:
+            conn = TcpConnection.from_socket(
+                sock,
+                local_address=acceptor.address_of(sock),
+                peer_address=peer,
+                name=f"{self.name}-{format_address(acceptor.address)}#{next(self._serial)}",
+                watermarks=self._watermarks,
+                timeouts=self._timeouts,
+            )
+        except BaseException:
+            sock.close()
+            self._limiter.leave(peer)
+            raise
+        self._connections[conn.name] = conn
+        self._counters.opened += 1
+        if self._draining:
+            conn.draining.set()
+        try:
+            self._nursery.start_soon(self._run, conn, name=conn.name)
+        except BaseException:
+            # A nursery of the user's that has closed.
+            conn.force_close(CloseReason.CANCELLED)
+            self._forget(conn)
+            raise
+
+    async def _run(self, conn: TcpConnection) -> None:
+        """The whole life of one connection's task."""
+        try:
+            with trio.CancelScope() as conn.handler_scope:
+                await self._handler(conn)
+                await conn.aclose()
+        except Exception as error:
+            self._handler_failed(conn, error)
+        except BaseExceptionGroup as group:
+            errors, rest = group.split(Exception)
+            if errors is not None:
+                self._handler_failed(conn, errors)
+            if rest is not None:
+                raise _lone(rest) from None
+        finally:
+            conn.force_close(CloseReason.CANCELLED)
+            self._forget(conn)
+
+    def _handler_failed(self, conn: TcpConnection, error: Exception) -> None:
+        state = conn.state
+        if conn.broken and not _others(error, trio.BrokenResourceError):
+            logger.debug("%s: the peer is gone: %r", conn.name, error)
+            conn.force_close(CloseReason.PEER_RESET)
+        elif state is ConnectionState.DISCONNECTED and not _others(error, trio.ClosedResourceError):
+            logger.debug("%s: used after its close: %r", conn.name, error)
+        elif not _others(error, ProtocolError):
+            logger.warning("%s: %s", conn.name, error)
+            conn.force_close(CloseReason.PROTOCOL_ERROR)
+        else:
+            logger.error("%s: the handler raised", conn.name, exc_info=error)
+            conn.force_close(CloseReason.HANDLER_ERROR)
+
+    def _forget(self, conn: TcpConnection) -> None:
+        del self._connections[conn.name]
+        self._counters.count_end(conn)
+        self._limiter.leave(conn.peer_address)
+        if not self._connections:
+            self._empty.unpark_all()
+
+    # -- all connections at once
+
+    def broadcast(
+        self, data: bytes | bytearray | memoryview, *, to: Iterable[TcpConnection] | None = None
+    ) -> int:
+        """Send *data* to every connection (or to those in *to*) without waiting for any.
+
+        Returns how many took it. Slow ones queue it, up to their hard limit; those that would
+        pass it are closed with `CloseReason.SLOW_CONSUMER`; closed and closing ones are left out.
+        """
+        data = bytes(data)
+        sent = 0
+        for conn in list(self._connections.values() if to is None else to):
+            if conn.state is ConnectionState.CONNECTED:
+                try:
+                    conn.send(data)
+                except (trio.BrokenResourceError, trio.BusyResourceError):
+                    continue
+                sent += 1
+        return sent
+
+    def stop_accepting(self) -> None:
+        """Leave newcomers in the backlog until `resume_accepting`. Idempotent."""
+        if self._may_accept.is_set():
+            self._may_accept = trio.Event()
+
+    def resume_accepting(self) -> None:
+        """Take newcomers again. Idempotent."""
+        self._may_accept.set()
+
+    # -- the end
+
+    def close(self) -> None:
+        """Close every listening socket and connection at once; `serve` returns. Idempotent."""
+        self._stop_listening()
+        for conn in list(self._connections.values()):
+            conn.force_close()
+
+    async def drain(self, grace: float) -> DrainReport:
+        """Stop accepting, let the connections finish, and close what has not after *grace* seconds.
+
+        Those that wait in the backlog are still taken, for to their clients they are connected.
+        Every connection's `draining` event is set. When the grace is over, the rest is closed
+        with `CloseReason.DRAIN_TIMEOUT`, and their handlers are cancelled and given
+        `Timeouts.linger` seconds to unwind. `serve` returns once all have ended. Cancelling leaves
+        the server draining: call `drain` or `close` again.
+        """
+        if not grace >= 0:
+            raise ValueError(f"drain({grace!r}): pass at least 0 seconds")
+        begun = trio.current_time()
+        self._draining = True
+        if not self._ending:
+            for acceptor in self._acceptors:
+                self._accept(acceptor, _LAST_CALL)
+        self._stop_listening()
+        waiting = list(self._connections.values())
+        for conn in waiting:
+            conn.draining.set()
+        with trio.move_on_after(grace):
+            await self._wait_empty()
+        forced = list(self._connections.values())
+        for conn in forced:
+            conn.force_close(CloseReason.DRAIN_TIMEOUT)
+        linger = self._timeouts.linger
+        with trio.move_on_after(_UNWIND if linger is None else linger):
+            await self._wait_empty()
+        return DrainReport(
+            finished=len(waiting) - len(forced),
+            forced=tuple(conn.name for conn in forced),
+            stuck=tuple(self._connections),
+            seconds=trio.current_time() - begun,
+        )
+
+    def _stop_listening(self) -> None:
+        self._ending = True
+        self.resume_accepting()
+        for acceptor in self._acceptors:
+            acceptor.close()
+
+    async def _wait_empty(self) -> None:
+        await trio.lowlevel.checkpoint()
+        while self._connections:
+            await self._empty.park()
+
+
+async def serve_tcp(
+    handler: Handler,
+    port: int,
+    *,
+    host: str | None = None,
+    backlog: int | None = None,
+    handler_nursery: trio.Nursery | None = None,
+    task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED,
+    **server_options: Any,
+) -> None:
+    """Serve TCP connections until cancelled: takes the place of `trio.serve_tcp`.
+
+    The arguments are trio's; *server_options* are those of `TcpServer`. Unlike with trio, a
+    handler that raises ends its own connection and no more.
+    """
+    if backlog is not None:
+        options = server_options.get("socket_options", SocketOptions())
+        server_options["socket_options"] = replace(options, backlog=backlog)
+    server = TcpServer(handler, port, host=host, **server_options)
+    await server.serve(handler_nursery=handler_nursery, task_status=task_status)
+
+
+def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The only exception in *group*, or *group*: a single error needs no wrapping."""
+    if len(group.exceptions) != 1:
+        return group
+    inner = group.exceptions[0]
+    if isinstance(inner, BaseExceptionGroup):
+        return _lone(cast("BaseExceptionGroup[BaseException]", inner))
+    return inner
+
+
+def _others(error: Exception, kind: type[Exception]) -> bool:
+    """Whether *error*, or anything in it if it is a group, is not of *kind*."""
+    if isinstance(error, ExceptionGroup):
+        return error.split(kind)[1] is not None
+    return not isinstance(error, kind)
