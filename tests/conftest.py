@@ -1,0 +1,100 @@
+"""What every test may use: real connected pairs, and counts of what must not leak."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from trioreactor import TcpConnection, TcpServer
+
+Pair = tuple[TcpConnection, TcpConnection]
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def living_tasks() -> int:
+    """How many tasks this trio run has."""
+    return trio.lowlevel.current_statistics().tasks_living
+
+
+@asynccontextmanager
+async def no_leaks() -> AsyncIterator[None]:
+    """Promises F and T: descriptors and tasks are afterwards what they were before."""
+    before = open_descriptors(), living_tasks()
+    yield
+    # A forceful close ends no task by itself: whoever was woken still has to run.
+    await trio.testing.wait_all_tasks_blocked()
+    assert (open_descriptors(), living_tasks()) == before
+
+
+async def tcp_streams() -> tuple[trio.SocketStream, trio.SocketStream]:
+    """A connected pair of trio's own streams over loopback."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        client = await trio.testing.open_stream_to_socket_listener(listener)
+        return client, await listener.accept()
+
+
+async def tcp_pair(**options: Any) -> Pair:
+    """A connected pair over TCP."""
+    left, right = await tcp_streams()
+    return TcpConnection(left, **options), TcpConnection(right, **options)
+
+
+async def unix_pair(**options: Any) -> Pair:
+    """A connected pair over Unix sockets."""
+    left, right = trio.socket.socketpair()
+    return (
+        TcpConnection(trio.SocketStream(left), **options),
+        TcpConnection(trio.SocketStream(right), **options),
+    )
+
+
+@pytest.fixture(params=[tcp_pair, unix_pair], ids=["tcp", "unix"])
+def make_pair(request: pytest.FixtureRequest) -> Callable[..., Awaitable[Pair]]:
+    """Each kind of pair in turn."""
+    maker: Callable[..., Awaitable[Pair]] = request.param
+    return maker
+
+
+@asynccontextmanager
+async def serving(server: TcpServer) -> AsyncIterator[tuple[str, int]]:
+    """Serve in the background, on loopback, and give the address; closed at the end."""
+    async with trio.open_nursery() as nursery:
+        (acceptor, *_) = await nursery.start(server.serve)
+        host, port = acceptor.address[:2]
+        yield host, port
+        server.close()
+
+
+def reset(sock: socket.socket | trio.socket.SocketType) -> None:
+    """Close with RST instead of FIN."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def vanish(sock: socket.socket) -> None:
+    """Close with neither FIN nor RST, as a machine that loses its power (Linux, root)."""
+    tcp_repair = 19
+    sock.setsockopt(socket.IPPROTO_TCP, tcp_repair, 1)
+    sock.close()
+
+
+async def fill(conn: TcpConnection, size: int = 65536) -> int:
+    """Send until congested; how many bytes that took."""
+    sent = 0
+    while conn.send(bytes(size)):
+        sent += size
+    return sent + size
