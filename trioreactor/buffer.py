@@ -36,16 +36,18 @@ class Buffer:
     there raises `ValueError` and consumes nothing.
     """
 
-    __slots__ = ("_data", "_scan", "_start")
+    __slots__ = ("_data", "_scan", "_start", "size")
 
     def __init__(self, data: bytes | bytearray | memoryview = b"") -> None:
         self._data: bytes | bytearray = bytes(data)
         self._start = 0
+        # What `len` says, for those who ask for every message: an attribute costs less.
+        self.size = len(self._data)
         # How far the last unsuccessful `find` got: (delimiter, from, up to), relative to _start.
         self._scan: tuple[bytes, int, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._data) - self._start
+        return self.size
 
     def __bytes__(self) -> bytes:
         return self.peek()
@@ -55,17 +57,15 @@ class Buffer:
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
         """Add *data* at the back. A `bytes` object that meets an empty buffer is not copied."""
-        if self._start == len(self._data):
-            # The scan's memory is about bytes that are gone.
-            self._scan = None
-            self._start = 0
+        if not self.size:
             self._data = data if type(data) is bytes else bytes(data)
-        elif type(self._data) is bytearray:
-            self._data += data
-        else:
+            self.size = len(self._data)
+            return
+        if type(self._data) is bytes:
             self._data = bytearray(memoryview(self._data)[self._start :])
-            self._data += data
             self._start = 0
+        self._data += data
+        self.size = len(self._data) - self._start
 
     def prepend(self, data: bytes | bytearray | memoryview) -> None:
         """Put *data* back at the front, before everything readable."""
@@ -76,6 +76,7 @@ class Buffer:
         else:
             self._data = bytes(data) + self._data[self._start :]
             self._start = 0
+        self.size += size
         self._scan = None
 
     def peek(self, n: int | None = None) -> bytes:
@@ -96,22 +97,18 @@ class Buffer:
         """
         start = self._start
         data = self._data
-        if n is None:
-            n = len(data) - start
-        elif n < 0 or n > len(data) - start:
-            raise self._out_of_range(n)
-        if n == len(data) - start:
-            self._data = b""
-            self._start = 0
-            self._scan = None
+        if n is None or n == self.size:
+            self._clear()
             return data if type(data) is bytes and not start else bytes(data[start:])
+        if n < 0 or n > self.size:
+            raise self._out_of_range(n)
         taken = bytes(data[start : start + n])
         self._advance(n)
         return taken
 
     def discard(self, n: int) -> None:
         """Consume exactly *n* bytes."""
-        if n < 0 or n > len(self):
+        if n < 0 or n > self.size:
             raise self._out_of_range(n)
         self._advance(n)
 
@@ -133,7 +130,7 @@ class Buffer:
         if found >= 0:
             return found - self._start
         # A match can still begin in the last len-1 bytes, once more arrive.
-        up_to = max(start, len(self) - len(delimiter) + 1)
+        up_to = max(start, self.size - len(delimiter) + 1)
         self._scan = (bytes(delimiter), start, up_to)
         return -1
 
@@ -210,19 +207,18 @@ class Buffer:
         self.prepend(_INT64.pack(value))
 
     def _unpack(self, layout: struct.Struct) -> int:
-        if len(self) < layout.size:
+        if self.size < layout.size:
             raise self._out_of_range(layout.size)
         value: int = layout.unpack_from(self._data, self._start)[0]
         return value
 
     def _advance(self, n: int) -> None:
+        if n == self.size:
+            self._clear()
+            return
+        self.size -= n
         start = self._start + n
         data = self._data
-        if start == len(data):
-            self._data = b""
-            self._start = 0
-            self._scan = None
-            return
         if type(data) is bytearray and start >= _COMPACT_AT and start * 2 >= len(data):
             del data[:start]
             start = 0
@@ -231,5 +227,11 @@ class Buffer:
             delimiter, begin, up_to = self._scan
             self._scan = (delimiter, max(0, begin - n), up_to - n) if up_to > n else None
 
+    def _clear(self) -> None:
+        self._data = b""
+        self._start = 0
+        self.size = 0
+        self._scan = None
+
     def _out_of_range(self, n: int) -> ValueError:
-        return ValueError(f"asked for {n} bytes of a buffer that holds {len(self)}")
+        return ValueError(f"asked for {n} bytes of a buffer that holds {self.size}")

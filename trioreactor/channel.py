@@ -38,6 +38,7 @@ class Channel:
         "readable",
         "sock",
         "write_armed",
+        "write_wanted",
     )
 
     def __init__(
@@ -62,6 +63,9 @@ class Channel:
         self.failed = False
         # On the poller's again-list.
         self.again = False
+        # Something waits to be written. The poller calls `on_writable` only then, for room for
+        # output is reported with every input.
+        self.write_wanted = False
         # With an EpollPoller always; with a TrioPoller while a task of its own waits.
         self.read_armed = poller.always_armed
         self.write_armed = poller.always_armed
@@ -78,7 +82,8 @@ class Channel:
             self.poller.arm_read(self)
 
     def want_write(self) -> None:
-        """Ask for `on_writable` at the next room for output. Not needed while `write_armed`."""
+        """Ask for `on_writable`, once, at the next room for output."""
+        self.write_wanted = True
         if not self.write_armed:
             self.poller.arm_write(self)
 

@@ -92,9 +92,8 @@ class EpollPoller(Poller):
                         if mask & EPOLLERR:
                             channel.failed = True
                     channel.on_readable()
-                # Most events are input alone, and EPOLLOUT comes with each of them: the owner's
-                # first line tells whether anything waits to be written.
-                if mask & _WRITE and channel.fd == fd:
+                if mask & _WRITE and channel.write_wanted:
+                    channel.write_wanted = False
                     channel.on_writable()
             except BaseException:
                 logger.exception("a channel's owner raised; the event was dropped")

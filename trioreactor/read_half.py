@@ -125,7 +125,7 @@ class ReadHalf:
         while True:
             if self._closed:
                 raise self._owner.closed_error()
-            if (self.channel.readable and self.reading) or self.buffer or self.eof:
+            if (self.channel.readable and self.reading) or self.buffer.size or self.eof:
                 if not waited:
                     await trio.lowlevel.checkpoint_if_cancelled()
                 data = self._receive(max_bytes)
@@ -142,8 +142,8 @@ class ReadHalf:
 
     def _receive(self, max_bytes: int) -> bytes | None:
         """What is there, b"" at EOF, or None if there is nothing yet."""
-        if self.buffer:
-            return self.buffer.take(min(max_bytes, len(self.buffer)))
+        if self.buffer.size:
+            return self.buffer.take(min(max_bytes, self.buffer.size))
         if self.eof:
             return b""
         channel = self.channel
@@ -193,7 +193,7 @@ class ReadHalf:
             raise error
 
     def on_readable(self) -> None:
-        """There is input, an EOF or an error."""
+        """There is input, an EOF or an error. The hot path of dispatch mode."""
         on_message = self._on_message
         channel = self.channel
         if on_message is None or not self.reading:
@@ -202,9 +202,10 @@ class ReadHalf:
             elif channel.failed:
                 self._look_for_reset()
             return
+        buffer = self.buffer
         size = RECEIVE_SIZE
-        if self._limit is not None and self.buffer:
-            size = min(size, self._limit - len(self.buffer))
+        if buffer.size and self._limit is not None:
+            size = min(size, self._limit - buffer.size)
         try:
             data = self._sock.recv(size)
         except BlockingIOError:
@@ -221,7 +222,7 @@ class ReadHalf:
             self._finish(None)
             return
         self.bytes_received += n
-        self.buffer.append(data)
+        buffer.append(data)
         if n == size or channel.hangup:
             # More may be there; the others have their turn first.
             channel.read_again()
@@ -238,25 +239,22 @@ class ReadHalf:
             self._context.run(_call_user, on_message, self._conn, self.buffer)
         except BaseException as error:
             self._finish(error)
-        write.corked = False
-        if write.buffer.size:
-            write.flush()
-        if (
-            self._limit is not None
-            and len(self.buffer) >= self._limit
-            and self.reading
-            and self._on_message is not None
-        ):
+        write.uncork()
+        if self.buffer.size and self._limit is not None:
+            self._check_limit(self._limit)
+
+    def _check_limit(self, limit: int) -> None:
+        if self.buffer.size >= limit and self.reading and self._on_message is not None:
             self._finish(
                 ReceiveBufferFull(
-                    f"on_message left {len(self.buffer)} bytes unconsumed, and receive_limit is "
-                    f"{self._limit}: raise Watermarks(receive_limit=...), or call stop_reading() "
-                    "to wait on purpose"
+                    f"on_message left {self.buffer.size} bytes unconsumed, and receive_limit is "
+                    f"{limit}: raise Watermarks(receive_limit=...), or call stop_reading() to "
+                    "wait on purpose"
                 )
             )
 
     def _deliver_left_over(self) -> None:
-        if self._on_message is not None and self.reading and self.buffer:
+        if self._on_message is not None and self.reading and self.buffer.size:
             self._deliver(self._on_message)
 
     def run_in_context(self, fn: Callable[[*Args], object], *args: *Args) -> None:
@@ -296,7 +294,7 @@ class ReadHalf:
     def _begin_reading(self) -> None:
         """Catch up on what no further event will tell of."""
         channel = self.channel
-        if self._on_message is not None and self.buffer:
+        if self._on_message is not None and self.buffer.size:
             channel.poller.call_soon(self._deliver_left_over)
         if channel.readable:
             channel.read_again()
@@ -367,7 +365,7 @@ class ReadHalf:
     def has_unread(self) -> bool:
         """Whether there is input that nobody has read. False at EOF and on a broken socket."""
         try:
-            return bool(self.buffer or self._sock.recv(1, socket.MSG_PEEK))
+            return bool(self.buffer.size or self._sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket as stdlib_socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +198,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         """
         return self._write.send(data)
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    def send_all(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:
         """Send *data*: all of it is queued at once, then this waits while the peer is slow.
 
         It waits only if the send buffer rose above the high-water mark, until it has sunk to the
@@ -207,7 +207,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         streamed in slices; cancelling that breaks the connection, for half a message cannot be
         taken back. Errors are those of `send`.
         """
-        await self._write.send_all(data)
+        return self._write.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the send buffer is not congested: at or below the low-water mark if it had
@@ -239,14 +239,22 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     # -- receiving
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+    # A plain function that hands on the coroutine: one layer less to go through for every wait.
+    def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:
         """Wait for input and return up to *max_bytes* of it (None: what one read gives).
 
         ``b""`` at the peer's EOF, every time. Cancelling loses nothing. Raises
         `trio.BrokenResourceError` after what came before the break has been read, and
         `trio.ClosedResourceError` once we have closed.
         """
-        return await self._read.receive_some(max_bytes)
+        return self._read.receive_some(max_bytes)
+
+    async def __anext__(self) -> bytes:
+        """The next chunk, as `receive_some` gives it; the end at EOF."""
+        data = await self._read.receive_some(None)
+        if not data:
+            raise StopAsyncIteration
+        return data
 
     async def dispatch(
         self,
@@ -399,7 +407,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         return ConnectionStatistics(
             bytes_received=self._read.bytes_received,
             bytes_sent=write.bytes_sent,
-            buffered=write.buffer.size,
+            buffered=write.queued,
             pauses=write.pauses,
             resumes=write.resumes,
         )

@@ -55,7 +55,7 @@ class TrioPoller(Poller):
 
     async def _watch_write(self, channel: Channel) -> None:
         if await self._wait(trio.lowlevel.wait_writable, channel):
-            channel.write_armed = False
+            channel.write_armed = channel.write_wanted = False
             self._contain(channel.on_writable)
 
     async def _wait(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -41,7 +42,7 @@ class WriteHalf:
     """Writes at once when nothing is queued; what the kernel does not take is queued.
 
     The queue is flushed on the next writable edge, so no task is needed. While corked (a dispatch
-    callback runs), sends are gathered and leave together in `flush`.
+    callback runs), sends are gathered and leave together in `uncork`.
 
     Tasks that wait here (for room, for the low mark, for empty, for the EOF to be sent) share one
     lot. Every change wakes all of them and each looks for itself, so none can take another's
@@ -65,6 +66,7 @@ class WriteHalf:
         "channel",
         "corked",
         "eof_sent",
+        "held",
         "notify_complete",
         "open",
         "pauses",
@@ -98,8 +100,11 @@ class WriteHalf:
         self._eof_wanted = False
         # Somebody wants `on_write_complete`.
         self.notify_complete = False
-        # Gather what is sent, for a `flush` that is about to come.
+        # Gather what is sent, until `uncork`.
         self.corked = False
+        # What was gathered, while it is a single piece: most callbacks send one, and a queue for
+        # one costs as much as all the rest of a send.
+        self.held: bytes | memoryview | None = None
         # A task is inside send_all, wait_send_all_might_not_block or send_eof.
         self._sending = False
         # Made by the first who waits.
@@ -108,6 +113,11 @@ class WriteHalf:
         self._stall_timer: Timer | None = None
         # When the kernel last took something.
         self._stalled_since = 0.0
+
+    @property
+    def queued(self) -> int:
+        """Bytes that the kernel has not taken yet."""
+        return self.buffer.size + (0 if self.held is None else len(self.held))
 
     # -- sending
 
@@ -122,6 +132,10 @@ class WriteHalf:
         if not n:
             return not buffer.congested
         if self.corked:
+            if not buffer.size and self.held is None and n <= buffer.high:
+                self.held = _kept(data)
+                return True
+            self._queue_held()
             if buffer.size + n <= buffer.high and buffer.has_room(n):
                 buffer.append(_kept(data))
                 return not buffer.congested
@@ -161,6 +175,24 @@ class WriteHalf:
         if buffer.append(_kept(data)) is Crossing.HIGH:
             self.pauses += 1
             self._owner.on_high_water_mark()
+
+    def uncork(self) -> None:
+        """Write what was gathered while `corked`. Never raises."""
+        self.corked = False
+        held = self.held
+        if held is not None:
+            self.held = None
+            # The owner has heard of it, and the callback that sent is over.
+            with suppress(trio.BrokenResourceError):
+                self.send(held)
+        elif self.buffer.size:
+            self.flush()
+
+    def _queue_held(self) -> None:
+        if self.held is not None:
+            # It is no more than the high mark and nothing else is queued: no crossing.
+            self.buffer.append(self.held)
+            self.held = None
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Queue all of *data*, then wait while congested: see `TcpConnection.send_all`."""
@@ -318,8 +350,7 @@ class WriteHalf:
 
     def _wait_for_room(self) -> None:
         """The kernel takes no more for now."""
-        if not self.channel.write_armed:
-            self.channel.want_write()
+        self.channel.want_write()
         if self._write_stall is not None and self._stall_timer is None:
             self._stalled_since = trio.current_time()
             self._set_stall_timer(self._write_stall)
@@ -345,7 +376,6 @@ class WriteHalf:
         if self.open:
             self._stop_accepting()
             self._eof_wanted = True
-            # What is corked counts as queued.
             if not self.buffer.size:
                 self._send_eof()
 
@@ -384,6 +414,7 @@ class WriteHalf:
 
     def _stop_accepting(self) -> None:
         if self.open:
+            self._queue_held()
             self.open = self._accepting = False
             self._owner.start_ending()
 
@@ -399,6 +430,7 @@ class WriteHalf:
         self._failed = True
         self._eof_wanted = False
         self.corked = False
+        self.held = None
         self.buffer.clear()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
