@@ -4,6 +4,7 @@ from trioreactor.acceptor import Acceptor, AcceptorStatistics
 from trioreactor.address import SocketAddress, format_address
 from trioreactor.buffer import Buffer
 from trioreactor.callbacks import Callbacks
+from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.errors import (
     IllegalStateTransition,
     ProtocolError,
@@ -17,7 +18,7 @@ from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Wate
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.sockets import TcpInfo
 from trioreactor.state import CloseReason, ConnectionState
-from trioreactor.tcp_connection import ConnectionStatistics, TcpConnection
+from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 
 __version__ = "0.1.0"

@@ -26,6 +26,7 @@ from trioreactor.sockets import (
     apply_to_connection,
     is_tcp,
     stdlib_twin,
+    stream_around,
 )
 
 logger = logging.getLogger("trioreactor.acceptor")
@@ -146,7 +147,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
             accepted = self.accept_nowait()
             if accepted is not None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                return trio.SocketStream(trio.socket.from_stdlib_socket(accepted[0]))
+                return stream_around(accepted[0])
             await self.wait_acceptable()
 
     async def wait_acceptable(self) -> None:
@@ -181,13 +182,12 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
                 channel.readable = False
                 return None
             except OSError as error:
-                number = error.errno or 0
-                self._errors[errno.errorcode.get(number, str(number))] += 1
-                if number in ACCEPT_PEER_ERRNOS:
+                self._count(error)
+                if error.errno in ACCEPT_PEER_ERRNOS:
                     continue
-                if number in ACCEPT_DESCRIPTOR_ERRNOS:
+                if error.errno in ACCEPT_DESCRIPTOR_ERRNOS:
                     self._shed_waiting(channel)
-                elif number not in ACCEPT_MEMORY_ERRNOS:
+                elif error.errno not in ACCEPT_MEMORY_ERRNOS:
                     raise
                 self._pause(error)
                 return None
@@ -200,8 +200,18 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
                 sock.close()
                 continue
             self._accepted += 1
+            if self._reserve is None:
+                # Lost to somebody else in a shortage: they seem to be free again.
+                self._open_reserve()
             return sock, address
         return None
+
+    def shed(self, sock: stdlib_socket.socket, error: OSError) -> None:
+        """Close *sock*, accepted but of no use because the system is short of something; pause."""
+        sock.close()
+        self._shed += 1
+        self._count(error)
+        self._pause(error)
 
     def close(self) -> None:
         """Stop listening and wake whoever waits, with `trio.ClosedResourceError`. Idempotent."""
@@ -253,6 +263,10 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._waiter = None
         return trio.lowlevel.Abort.SUCCEEDED
+
+    def _count(self, error: OSError) -> None:
+        number = error.errno or 0
+        self._errors[errno.errorcode.get(number, str(number))] += 1
 
     def _shed_waiting(self, channel: Channel) -> None:
         """Tell waiting clients that there is no room, by means of the reserve descriptor."""

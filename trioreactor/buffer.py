@@ -39,7 +39,8 @@ class Buffer:
     __slots__ = ("_data", "_scan", "_start", "size")
 
     def __init__(self, data: bytes | bytearray | memoryview = b"") -> None:
-        self._data: bytes | bytearray = bytes(data)
+        # Through a view, for bytes(5) would be five zeros.
+        self._data: bytes | bytearray = bytes(memoryview(data))
         self._start = 0
         # What `len` says, for those who ask for every message: an attribute costs less.
         self.size = len(self._data)
@@ -58,7 +59,7 @@ class Buffer:
     def append(self, data: bytes | bytearray | memoryview) -> None:
         """Add *data* at the back. A `bytes` object that meets an empty buffer is not copied."""
         if not self.size:
-            self._data = data if type(data) is bytes else bytes(data)
+            self._data = data if type(data) is bytes else bytes(memoryview(data))
             self.size = len(self._data)
             return
         if type(self._data) is bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trioreactor.handler_errors import reason_for
+from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import (
     MessageCallback,
     TcpConnection,
@@ -41,9 +43,13 @@ class Callbacks:
             if self.connection is not None:
                 self.connection(conn)
             await conn.dispatch(self.message)
+            await conn.aclose()
+        except Exception as error:
+            conn.force_close(reason_for(conn, error))
+            raise
+        except BaseException:
+            conn.force_close(CloseReason.CANCELLED)
+            raise
         finally:
-            try:
-                await conn.aclose()
-            finally:
-                if self.connection is not None:
-                    self.connection(conn)
+            if self.connection is not None:
+                self.connection(conn)

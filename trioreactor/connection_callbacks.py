@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
-from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.handler_errors import close_and_log
+from trioreactor.state import ConnectionState
 
 if TYPE_CHECKING:
     from trioreactor.poller import Poller
     from trioreactor.read_half import ReadHalf
     from trioreactor.tcp_connection import TcpConnection, WaterMarkCallback, WriteCompleteCallback
 
-logger = logging.getLogger("trioreactor.connection")
-
 Args = TypeVarTuple("Args")
-
-
-# As in the read half: Ctrl-C must reach a callback that never returns.
-@trio.lowlevel.disable_ki_protection
-def _call_user(fn: Callable[[*Args], object], *args: *Args) -> None:
-    fn(*args)
 
 
 class ConnectionCallbacks:
@@ -80,8 +72,14 @@ class ConnectionCallbacks:
         if self._conn.state is ConnectionState.DISCONNECTED:
             return
         try:
-            self._read.run_in_context(_call_user, fn, *args)
+            self._read.run_in_context(fn, *args)
+        except trio.ClosedResourceError as error:
+            # One that sends on and on (chargen) meets the closing sooner or later.
+            if self._conn.state is ConnectionState.CONNECTED:
+                self._failed(error)
         except BaseException as error:
-            if not self._read.callback_failed(error):
-                logger.exception("%s: a callback raised", self._conn.name)
-                self._conn.force_close(CloseReason.HANDLER_ERROR)
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        if not self._read.callback_failed(error):
+            close_and_log(self._conn, error)

@@ -156,11 +156,11 @@ class Lifecycle:
     def force_close(self, reason: CloseReason, *, reset: bool) -> None:
         """Close now; drop what is queued; cancel the handler."""
         self._closed_here = True
-        if self.state is not ConnectionState.DISCONNECTED:
-            # First, so that the handler sees one thing, the cancellation, and not two.
-            if self.handler_scope is not None:
-                self.handler_scope.cancel()
-            self.close(reason, reset=reset)
+        # First, so that the handler sees one thing, the cancellation, and not two. Also when the
+        # connection is closed already, for its handler may still be at something else.
+        if self.handler_scope is not None:
+            self.handler_scope.cancel()
+        self.close(reason, reset=reset)
 
     def force_close_after(self, seconds: float) -> None:
         """`force_close` in a while. A later call replaces an earlier one."""

@@ -25,6 +25,7 @@ class ConnectionLimiter:
         # Token bucket of the accept rate: how many may come at once, and when that was reckoned.
         self._tokens = self._burst
         self._reckoned = float("-inf")
+        self._closed = False
 
     @property
     def limits(self) -> Limits:
@@ -82,12 +83,18 @@ class ConnectionLimiter:
     def release(self) -> None:
         """Free a permit whose connection did not enter."""
         self._permits -= 1
-        self._lot.unpark()
+        # All of them: who waits for room need not be the one with somebody to let in.
+        self._lot.unpark_all()
+
+    def close(self) -> None:
+        """Nobody will be let in any more: end every wait."""
+        self._closed = True
+        self._lot.unpark_all()
 
     async def wait_for_room(self) -> None:
-        """Wait until `try_acquire` is worth a try."""
+        """Wait until `try_acquire` is worth a try, or the limiter is closed."""
         await trio.lowlevel.checkpoint()
-        while True:
+        while not self._closed:
             limits = self._limits
             if limits.connections is not None and self._permits >= limits.connections:
                 await self._lot.park()

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class LingerWatch:
     """Ends a connection that makes no headway while it closes.
 
-    While data is queued, each `linger` seconds must take at least a low-water mark's worth of it
-    away, so the whole wait has an end however slowly the peer drips. Once our EOF is sent, the
-    peer has `linger` seconds to send its own.
+    While data is queued, each `linger` seconds must take a quarter of the high-water mark's worth
+    of it away, so the whole wait has an end however slowly the peer drips. Once our EOF is sent,
+    the peer has `linger` seconds to send its own.
     """
 
     __slots__ = ("_expire", "_linger", "_target", "_timer", "_write")
@@ -38,7 +38,8 @@ class LingerWatch:
     def start(self) -> None:
         """Begin a period, now."""
         self.stop()
-        self._target = max(0, self._write.buffer.size - self._write.buffer.low)
+        buffer = self._write.buffer
+        self._target = max(0, buffer.size - max(1, buffer.high // 4))
         self._timer = self._write.channel.poller.call_at(
             trio.current_time() + self._linger, self._check
         )

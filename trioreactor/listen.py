@@ -114,8 +114,9 @@ def _bind(
             sock.close()
             raise
     except OSError as error:
-        text = f"cannot listen on {format_address(address)}: {os.strerror(error.errno or 0)}"
-        raise OSError(error.errno, text) from error
+        text = f"cannot listen on {format_address(address)}: {error.strerror or error}"
+        # Python's own complaints (a path too long) have no number.
+        raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
     return sock
 
 

@@ -57,7 +57,7 @@ class Watermarks:
         _check_present("Watermarks", high=self.high, low=self.low)
         _check_count("Watermarks", "high", self.high, least=1, unit="bytes")
         _check_count("Watermarks", "low", self.low, least=0, unit="bytes")
-        _check_count("Watermarks", "limit", self.limit, least=1, unit="bytes")
+        _check_count("Watermarks", "limit", self.limit, least=1024, unit="bytes")
         _check_count("Watermarks", "receive_limit", self.receive_limit, least=1, unit="bytes")
         if self.low >= self.high:
             raise ValueError(
@@ -79,8 +79,8 @@ class Timeouts:
     """Close with `CloseReason.WRITE_STALLED` when data is queued and the kernel has taken none of
     it for this long. (off: only the user knows how patient to be)"""
     linger: float | None = 2.0
-    """How long closing may wait for the peer: at most this long for each low-water mark's worth
-    of queued data to leave, and at most this long for the peer's own close after ours.
+    """How long closing may wait for the peer: at most this long for each quarter of the high-water
+    mark's worth of queued data to leave, and at most this long for the peer's own close after ours.
     (2 s: many round trips, few enough to hold a descriptor)"""
 
     def __post_init__(self) -> None:

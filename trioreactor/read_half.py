@@ -57,6 +57,7 @@ class ReadHalf:
         "_limit",
         "_on_message",
         "_owner",
+        "_receive_size",
         "_sock",
         "_task",
         "_write",
@@ -82,7 +83,11 @@ class ReadHalf:
         self._sock = sock
         # Corked around callbacks, so that what they send leaves together.
         self._write = write
+        # How much a dispatch callback may leave unconsumed.
         self._limit = receive_limit
+        self._receive_size = (
+            RECEIVE_SIZE if receive_limit is None else min(RECEIVE_SIZE, receive_limit)
+        )
         # What was read and not consumed: only a dispatch callback leaves anything here.
         self.buffer = Buffer()
         self.bytes_received = 0
@@ -193,7 +198,7 @@ class ReadHalf:
             raise error
 
     def on_readable(self) -> None:
-        """There is input, an EOF or an error. The hot path of dispatch mode."""
+        """There is input, an EOF or an error, or something left over. The hot path of dispatch."""
         on_message = self._on_message
         channel = self.channel
         if on_message is None or not self.reading:
@@ -202,10 +207,14 @@ class ReadHalf:
             elif channel.failed:
                 self._look_for_reset()
             return
+        size = self._receive_size
         buffer = self.buffer
-        size = RECEIVE_SIZE
-        if buffer.size and self._limit is not None:
-            size = min(size, self._limit - buffer.size)
+        if buffer.size:
+            if self._limit is not None:
+                size = min(size, self._limit - buffer.size)
+            if size <= 0 or not channel.readable:
+                self._deliver_left_over(on_message)
+                return
         try:
             data = self._sock.recv(size)
         except BlockingIOError:
@@ -253,9 +262,14 @@ class ReadHalf:
                 )
             )
 
-    def _deliver_left_over(self) -> None:
-        if self._on_message is not None and self.reading and self.buffer.size:
-            self._deliver(self._on_message)
+    def _deliver_left_over(self, on_message: OnMessage) -> None:
+        """Call again for what an earlier call left: reading starts again, or there was no room."""
+        channel = self.channel
+        if channel.readable:
+            channel.read_again()
+        elif not channel.read_armed:
+            channel.want_read()
+        self._deliver(on_message)
 
     def run_in_context(self, fn: Callable[[*Args], object], *args: *Args) -> None:
         """Call *fn*, in the context of the task that dispatches if there is one."""
@@ -294,9 +308,7 @@ class ReadHalf:
     def _begin_reading(self) -> None:
         """Catch up on what no further event will tell of."""
         channel = self.channel
-        if self._on_message is not None and self.buffer.size:
-            channel.poller.call_soon(self._deliver_left_over)
-        if channel.readable:
+        if channel.readable or self.buffer.size:
             channel.read_again()
         elif not channel.read_armed:
             channel.want_read()
@@ -371,13 +383,20 @@ class ReadHalf:
 
     def _look_for_reset(self) -> None:
         """Nobody reads and the poller saw an error: close, unless something would be lost."""
-        if self._on_message is None and self.has_unread():
-            # What came before the reset can still be read; then the error is found.
-            return
-        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            # A dispatch is paused until better times: it must hear that none will come.
-            self._owner.on_receive_failed(OSError(number, os.strerror(number)))
-        else:
+        try:
+            # Asking takes the kernel's note of the error, if nothing is unread before it.
+            unread = self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
             # The event was meant for a former owner of this descriptor.
             self.channel.failed = False
+            return
+        except OSError as error:
+            self._owner.on_receive_failed(error)
+            return
+        if unread and self._on_message is None:
+            # What came before the reset can still be read; then the error is found.
+            return
+        # A dispatch is paused until better times: it must hear that none will come.
+        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            self._owner.on_receive_failed(OSError(number, os.strerror(number)))

@@ -145,3 +145,15 @@ class SendBuffer:
         self._chunks.clear()
         self.size = 0
         self.congested = False
+
+
+def bytes_view(data: bytes | bytearray | memoryview) -> memoryview:
+    """*data* as a view of single bytes, whatever its items are."""
+    view = memoryview(data)
+    # An empty view cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def kept(data: bytes | memoryview) -> bytes | memoryview:
+    """*data* in a form that may be kept: a view of anything but bytes would change under us."""
+    return data if isinstance(data, bytes) or isinstance(data.obj, bytes) else bytes(data)

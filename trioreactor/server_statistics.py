@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.state import CloseReason
-from trioreactor.tcp_connection import ConnectionStatistics, TcpConnection
+from trioreactor.tcp_connection import TcpConnection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,8 @@ from trioreactor.options import Keepalive, SocketOptions
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from trioreactor.address import SocketAddress
+
 
 def _errnos(*names: str) -> frozenset[int]:
     """The numbers of those names that this platform has."""
@@ -83,6 +85,31 @@ def stdlib_twin(sock: trio.socket.SocketType) -> socket.socket:
     closes, the twin must be detached, or the descriptor would be closed twice.
     """
     return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+
+
+def stream_around(sock: socket.socket) -> trio.SocketStream:
+    """A trio stream on *sock*, with the options as they were: trio itself would set two."""
+    before = [
+        (option, sock.getsockopt(socket.IPPROTO_TCP, option))
+        for option in (socket.TCP_NODELAY, getattr(socket, "TCP_NOTSENT_LOWAT", None))
+        if option is not None and is_tcp(sock)
+    ]
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    for option, value in before:
+        # Fails only on a connection that is gone, as trio's own attempt did.
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return stream
+
+
+def peer_of(sock: socket.socket) -> SocketAddress:
+    """The other end's address; empty if the connection is gone already."""
+    try:
+        peer: SocketAddress = sock.getpeername()
+    except OSError:
+        # The first read or write will say so.
+        return ""
+    return peer
 
 
 def broken(error: OSError) -> trio.BrokenResourceError:

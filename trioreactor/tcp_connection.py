@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket as stdlib_socket
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -12,31 +11,23 @@ import trio
 from trioreactor.address import SocketAddress, format_address
 from trioreactor.buffer import Buffer
 from trioreactor.connection_callbacks import ConnectionCallbacks
+from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.default_poller import current_poller
 from trioreactor.lifecycle import Lifecycle
 from trioreactor.options import Timeouts, Watermarks
-from trioreactor.sockets import ConnectedSocket, TcpInfo, read_tcp_info, stdlib_twin
+from trioreactor.sockets import (
+    ConnectedSocket,
+    TcpInfo,
+    peer_of,
+    read_tcp_info,
+    stdlib_twin,
+    stream_around,
+)
 from trioreactor.state import CloseReason, ConnectionState
 
 MessageCallback = Callable[["TcpConnection", Buffer], object]
 WriteCompleteCallback = Callable[["TcpConnection"], object]
 WaterMarkCallback = Callable[["TcpConnection", int], object]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConnectionStatistics:
-    """A connection's counters at one moment."""
-
-    bytes_received: int
-    """Taken from the kernel."""
-    bytes_sent: int
-    """Given to the kernel."""
-    buffered: int
-    """Queued for sending."""
-    pauses: int
-    """Times the send buffer rose above the high-water mark."""
-    resumes: int
-    """Times it sank to the low one after that."""
 
 
 class TcpConnection(trio.abc.HalfCloseableStream):
@@ -80,7 +71,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         sock = stdlib_twin(stream.socket)
         try:
             self._set_up(
-                sock, stream, sock.getsockname(), _peer_of(sock), name, watermarks, timeouts
+                sock, stream, sock.getsockname(), peer_of(sock), name, watermarks, timeouts
             )
         except BaseException:
             sock.detach()
@@ -154,7 +145,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         """The stream underneath, for looking only: use `detach` to take it over."""
         if self._life.stream is None:
             assert isinstance(self._sock, stdlib_socket.socket)
-            self._life.stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
+            self._life.stream = stream_around(self._sock)
         return self._life.stream
 
     @property
@@ -198,7 +189,9 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         """
         return self._write.send(data)
 
-    def send_all(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:
+    # This one and receive_some are plain functions that hand on a coroutine: one layer less to go
+    # through at every wait. (pyright would have the very class of an async function's result)
+    def send_all(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Send *data*: all of it is queued at once, then this waits while the peer is slow.
 
         It waits only if the send buffer rose above the high-water mark, until it has sunk to the
@@ -239,8 +232,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     # -- receiving
 
-    # A plain function that hands on the coroutine: one layer less to go through for every wait.
-    def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:
+    def receive_some(self, max_bytes: int | None = None) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Wait for input and return up to *max_bytes* of it (None: what one read gives).
 
         ``b""`` at the peer's EOF, every time. Cancelling loses nothing. Raises
@@ -411,12 +403,3 @@ class TcpConnection(trio.abc.HalfCloseableStream):
             pauses=write.pauses,
             resumes=write.resumes,
         )
-
-
-def _peer_of(sock: stdlib_socket.socket) -> SocketAddress:
-    try:
-        peer: SocketAddress = sock.getpeername()
-    except OSError:
-        # Reset already: the first read or write will say so.
-        return ""
-    return peer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,15 +13,13 @@ import trio
 
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import SocketAddress, format_address
-from trioreactor.errors import ProtocolError
+from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks
 from trioreactor.server_statistics import DrainReport, ServerCounters, ServerStatistics
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
-
-logger = logging.getLogger("trioreactor.server")
 
 Handler = Callable[[TcpConnection], Awaitable[object]]
 
@@ -213,16 +210,22 @@ class TcpServer:
                 watermarks=self._watermarks,
                 timeouts=self._timeouts,
             )
-        except BaseException:
-            sock.close()
+        except OSError as error:
+            # epoll has no room for it (ENOSPC, ENOMEM): a shortage like any other at accept.
             self._limiter.leave(peer)
-            raise
+            acceptor.shed(sock, error)
+            return
+        conn.handler_scope = trio.CancelScope()
         self._connections[conn.name] = conn
         self._counters.opened += 1
         if self._draining:
             conn.draining.set()
         try:
-            self._nursery.start_soon(self._run, conn, name=conn.name)
+            if isinstance(self._nursery, trio.Nursery):
+                self._nursery.start_soon(self._run, conn, name=conn.name)
+            else:
+                # trio takes anything that has a start_soon, and asks no more of it than this.
+                self._nursery.start_soon(self._run, conn)
         except BaseException:
             # A nursery of the user's that has closed.
             conn.force_close(CloseReason.CANCELLED)
@@ -232,34 +235,21 @@ class TcpServer:
     async def _run(self, conn: TcpConnection) -> None:
         """The whole life of one connection's task."""
         try:
-            with trio.CancelScope() as conn.handler_scope:
+            assert conn.handler_scope is not None
+            with conn.handler_scope:
                 await self._handler(conn)
                 await conn.aclose()
         except Exception as error:
-            self._handler_failed(conn, error)
+            close_and_log(conn, error)
         except BaseExceptionGroup as group:
             errors, rest = group.split(Exception)
             if errors is not None:
-                self._handler_failed(conn, errors)
+                close_and_log(conn, errors)
             if rest is not None:
                 raise _lone(rest) from None
         finally:
             conn.force_close(CloseReason.CANCELLED)
             self._forget(conn)
-
-    def _handler_failed(self, conn: TcpConnection, error: Exception) -> None:
-        state = conn.state
-        if conn.broken and not _others(error, trio.BrokenResourceError):
-            logger.debug("%s: the peer is gone: %r", conn.name, error)
-            conn.force_close(CloseReason.PEER_RESET)
-        elif state is ConnectionState.DISCONNECTED and not _others(error, trio.ClosedResourceError):
-            logger.debug("%s: used after its close: %r", conn.name, error)
-        elif not _others(error, ProtocolError):
-            logger.warning("%s: %s", conn.name, error)
-            conn.force_close(CloseReason.PROTOCOL_ERROR)
-        else:
-            logger.error("%s: the handler raised", conn.name, exc_info=error)
-            conn.force_close(CloseReason.HANDLER_ERROR)
 
     def _forget(self, conn: TcpConnection) -> None:
         del self._connections[conn.name]
@@ -344,6 +334,7 @@ class TcpServer:
     def _stop_listening(self) -> None:
         self._ending = True
         self.resume_accepting()
+        self._limiter.close()
         for acceptor in self._acceptors:
             acceptor.close()
 
@@ -383,10 +374,3 @@ def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
     if isinstance(inner, BaseExceptionGroup):
         return _lone(cast("BaseExceptionGroup[BaseException]", inner))
     return inner
-
-
-def _others(error: Exception, kind: type[Exception]) -> bool:
-    """Whether *error*, or anything in it if it is a group, is not of *kind*."""
-    if isinstance(error, ExceptionGroup):
-        return error.split(kind)[1] is not None
-    return not isinstance(error, kind)

@@ -19,6 +19,12 @@ class Timer:
         self.deadline = deadline
         self.fn: Callable[[], object] | None = fn
 
+    def run(self) -> None:
+        """Do it, unless it was done or cancelled."""
+        if self.fn is not None:
+            fn, self.fn = self.fn, None
+            fn()
+
     def cancel(self) -> None:
         """Make it do nothing. What the function refers to is let go."""
         self.fn = None
@@ -60,11 +66,14 @@ class TimerQueue:
         return heap[0][0] if heap else None
 
     def pop_due(self, now: float) -> list[Callable[[], object]]:
-        """Remove and return what is due at *now*, earliest first."""
+        """Remove what is due at *now*; call what this returns, in order, to run it.
+
+        One that is cancelled by another before its turn does nothing.
+        """
         due: list[Callable[[], object]] = []
         heap = self._heap
         while heap and heap[0][0] <= now:
-            fn = heapq.heappop(heap)[2].fn
-            if fn is not None:
-                due.append(fn)
+            timer = heapq.heappop(heap)[2]
+            if timer.fn is not None:
+                due.append(timer.run)
         return due

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from trioreactor.errors import SendBufferFull
-from trioreactor.send_buffer import Crossing, SendBuffer
+from trioreactor.send_buffer import Crossing, SendBuffer, bytes_view, kept
 from trioreactor.sockets import broken
+from trioreactor.stall_watch import StallWatch
 
 if TYPE_CHECKING:
     from trioreactor.channel import Channel
     from trioreactor.options import Watermarks
     from trioreactor.sockets import ConnectedSocket
-    from trioreactor.timer_queue import Timer
 
 # Gather writes in one go before others have their turn: at most a megabyte, with the buffer's own
 # bound on each.
@@ -58,9 +58,7 @@ class WriteHalf:
         "_owner",
         "_sending",
         "_sock",
-        "_stall_timer",
-        "_stalled_since",
-        "_write_stall",
+        "_stall_watch",
         "buffer",
         "bytes_sent",
         "channel",
@@ -109,10 +107,9 @@ class WriteHalf:
         self._sending = False
         # Made by the first who waits.
         self._lot: trio.lowlevel.ParkingLot | None = None
-        self._write_stall = write_stall
-        self._stall_timer: Timer | None = None
-        # When the kernel last took something.
-        self._stalled_since = 0.0
+        self._stall_watch = (
+            None if write_stall is None else StallWatch(write_stall, owner.on_write_stalled)
+        )
 
     @property
     def queued(self) -> int:
@@ -126,18 +123,18 @@ class WriteHalf:
         if not self._accepting:
             raise self._refusal()
         if type(data) is not bytes:
-            data = _bytes_view(data)
+            data = bytes_view(data)
         n = len(data)
         buffer = self.buffer
         if not n:
             return not buffer.congested
         if self.corked:
             if not buffer.size and self.held is None and n <= buffer.high:
-                self.held = _kept(data)
+                self.held = kept(data)
                 return True
             self._queue_held()
             if buffer.size + n <= buffer.high and buffer.has_room(n):
-                buffer.append(_kept(data))
+                buffer.append(kept(data))
                 return not buffer.congested
             # Gathering more would cross a mark that writing may yet avoid.
             if buffer.size:
@@ -172,7 +169,7 @@ class WriteHalf:
                 f"the limit of {buffer.limit}: when send() answers False, wait with "
                 "wait_send_all_might_not_block()"
             )
-        if buffer.append(_kept(data)) is Crossing.HIGH:
+        if buffer.append(kept(data)) is Crossing.HIGH:
             self.pauses += 1
             self._owner.on_high_water_mark()
 
@@ -214,7 +211,7 @@ class WriteHalf:
 
     async def _send_slices(self, data: bytes | bytearray | memoryview) -> None:
         """Stream what can never be queued whole, in slices of what the buffer can hold."""
-        view = _bytes_view(data)
+        view = bytes_view(data)
         # Large enough to keep the kernel busy, and a slice always finds room below the high mark.
         assert self.buffer.limit is not None
         size = max(1, self.buffer.limit // 4)
@@ -323,8 +320,8 @@ class WriteHalf:
                 self._owner.on_send_failed(error)
                 return
             self.bytes_sent += sent
-            if self._stall_timer is not None:
-                self._stalled_since = trio.current_time()
+            if self._stall_watch is not None:
+                self._stall_watch.progress()
             if buffer.consume(sent) is Crossing.LOW:
                 self.resumes += 1
                 self._owner.on_low_water_mark()
@@ -340,9 +337,8 @@ class WriteHalf:
         self.channel.poller.call_soon(self.on_writable)
 
     def _emptied(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        if self._stall_watch is not None:
+            self._stall_watch.stop()
         if self._eof_wanted:
             self._send_eof()
         if self.notify_complete:
@@ -351,23 +347,8 @@ class WriteHalf:
     def _wait_for_room(self) -> None:
         """The kernel takes no more for now."""
         self.channel.want_write()
-        if self._write_stall is not None and self._stall_timer is None:
-            self._stalled_since = trio.current_time()
-            self._set_stall_timer(self._write_stall)
-
-    def _set_stall_timer(self, patience: float) -> None:
-        self._stall_timer = self.channel.poller.call_at(
-            self._stalled_since + patience, self._check_stall
-        )
-
-    def _check_stall(self) -> None:
-        """End a stall, if nothing moved since the timer was set."""
-        self._stall_timer = None
-        if self.buffer.size and self._write_stall is not None:
-            if trio.current_time() >= self._stalled_since + self._write_stall:
-                self._owner.on_write_stalled()
-            else:
-                self._set_stall_timer(self._write_stall)
+        if self._stall_watch is not None:
+            self._stall_watch.start(self.channel.poller)
 
     # -- the end
 
@@ -432,19 +413,6 @@ class WriteHalf:
         self.corked = False
         self.held = None
         self.buffer.clear()
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        if self._stall_watch is not None:
+            self._stall_watch.stop()
         self.wake()
-
-
-def _bytes_view(data: bytes | bytearray | memoryview) -> memoryview:
-    """*data* as a view of single bytes, whatever its items are."""
-    view = memoryview(data)
-    # An empty view cannot be cast.
-    return view.cast("B") if view.nbytes else memoryview(b"")
-
-
-def _kept(data: bytes | memoryview) -> bytes | memoryview:
-    """*data* in a form that may be kept: a view of anything but bytes would change under us."""
-    return data if isinstance(data, bytes) or isinstance(data.obj, bytes) else bytes(data)

@@ -1,0 +1,54 @@
+"""StallWatch: notices that queued data has stopped moving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from trioreactor.poller import Poller
+    from trioreactor.timer_queue import Timer
+
+
+class StallWatch:
+    """Calls *stalled* when nothing has moved for *patience* seconds since the watch began.
+
+    One timer runs from the start to the end of a watch. Progress only stores the time; the timer,
+    when it fires early, is set anew to what is left.
+    """
+
+    __slots__ = ("_moved", "_patience", "_stalled", "_timer")
+
+    def __init__(self, patience: float, stalled: Callable[[], None]) -> None:
+        self._patience = patience
+        self._stalled = stalled
+        self._moved = 0.0
+        self._timer: Timer | None = None
+
+    def start(self, poller: Poller) -> None:
+        """Begin, unless it has begun."""
+        if self._timer is None:
+            self._moved = trio.current_time()
+            self._set_timer(poller)
+
+    def progress(self) -> None:
+        """Something moved."""
+        self._moved = trio.current_time()
+
+    def stop(self) -> None:
+        """Nothing is queued any more. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self, poller: Poller) -> None:
+        self._timer = poller.call_at(self._moved + self._patience, lambda: self._check(poller))
+
+    def _check(self, poller: Poller) -> None:
+        self._timer = None
+        if trio.current_time() >= self._moved + self._patience:
+            self._stalled()
+        else:
+            self._set_timer(poller)
