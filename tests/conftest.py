@@ -98,3 +98,45 @@ async def fill(conn: TcpConnection, size: int = 65536) -> int:
     while conn.send(bytes(size)):
         sent += size
     return sent + size
+
+
+async def echo(conn: TcpConnection) -> None:
+    """The handler that most tests want: send back what comes."""
+    async for chunk in conn:
+        await conn.send_all(chunk)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, within bounds, until *condition* holds."""
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+def connect(address: Any, *, source: str = "127.0.0.1") -> trio.SocketStream:
+    """A client on loopback, connected at once: the kernel does that with no help from accept."""
+    sock = socket.create_connection(address, source_address=(source, 0))
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def cancelled_after(turns: int, fn: Callable[[], Awaitable[object]]) -> bool:
+    """Run *fn*, cancelled after so many turns of the loop (0: before it begins).
+
+    False if it ended by itself. Called for 0, 1, 2, ... it cancels at every checkpoint in turn.
+    """
+    scope = trio.CancelScope()
+
+    async def cancel() -> None:
+        for _ in range(turns - 1):
+            await trio.lowlevel.checkpoint()
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        if turns:
+            nursery.start_soon(cancel)
+        else:
+            scope.cancel()
+        with scope:
+            await fn()
+        nursery.cancel_scope.cancel()
+    return scope.cancelled_caught

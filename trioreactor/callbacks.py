@@ -45,7 +45,9 @@ class Callbacks:
             await conn.dispatch(self.message)
             await conn.aclose()
         except Exception as error:
-            conn.force_close(reason_for(conn, error))
+            reason = reason_for(conn, error)
+            conn.handler_error = error
+            conn.force_close(reason)
             raise
         except BaseException:
             conn.force_close(CloseReason.CANCELLED)

@@ -69,7 +69,7 @@ class ConnectionCallbacks:
             self._call(self.write_complete, self._conn)
 
     def _call(self, fn: Callable[[*Args], object], *args: *Args) -> None:
-        if self._conn.state is ConnectionState.DISCONNECTED:
+        if self._conn.state is ConnectionState.DISCONNECTED or self._conn.broken:
             return
         try:
             self._read.run_in_context(fn, *args)

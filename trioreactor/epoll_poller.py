@@ -39,11 +39,17 @@ class EpollPoller(Poller):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoll = select.epoll()
         self._by_fd: dict[int, Channel] = {}
+
+    def _open(self) -> None:
+        self._epoll = select.epoll()
         # Wakes the task: registered edge-triggered, so that each write is an event and the
         # counter never has to be read.
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            self._epoll.close()
+            raise
         self._epoll.register(self._wakeup, EPOLLIN | EPOLLET)
 
     def _watch(self, channel: Channel) -> None:

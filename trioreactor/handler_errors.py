@@ -17,16 +17,9 @@ logger = logging.getLogger("trioreactor.server")
 
 
 def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
-    """Why *conn* is to be closed after its handler raised *error*.
-
-    The peer's going away counts only if it is this connection that broke: an error of another
-    resource that the handler used is the handler's own.
-    """
-    if conn.broken and not _others(error, trio.BrokenResourceError):
+    """Why *conn* is to be closed after its handler raised *error*."""
+    if _is_consequence(conn, error):
         return conn.close_reason or CloseReason.PEER_RESET
-    if conn.close_reason is not None and not _others(error, trio.ClosedResourceError):
-        # Used after a close of ours, which is what ended it.
-        return conn.close_reason
     if not _others(error, ProtocolError):
         return CloseReason.PROTOCOL_ERROR
     return CloseReason.HANDLER_ERROR
@@ -35,13 +28,26 @@ def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
 def close_and_log(conn: TcpConnection, error: BaseException) -> None:
     """Close *conn*, whose handler raised *error*, and log that once, as loudly as it deserves."""
     reason = reason_for(conn, error)
-    conn.force_close(reason)
-    if reason is CloseReason.HANDLER_ERROR:
-        logger.error("%s: the handler raised", conn.name, exc_info=error)
+    if _is_consequence(conn, error):
+        logger.debug("%s: ended (%s): %r", conn.name, reason.value, error)
     elif reason is CloseReason.PROTOCOL_ERROR:
         logger.warning("%s: %s", conn.name, error)
     else:
-        logger.debug("%s: ended (%s): %r", conn.name, reason.value, error)
+        logger.error("%s: the handler raised", conn.name, exc_info=error)
+    conn.force_close(reason)
+
+
+def _is_consequence(conn: TcpConnection, error: BaseException) -> bool:
+    """Whether *error* only says that the connection was at its end before.
+
+    It counts only if it is this connection that broke or was closed: an error of another resource
+    that the handler used is the handler's own.
+    """
+    if error is conn.handler_error:
+        return False
+    if conn.broken and not _others(error, trio.BrokenResourceError):
+        return True
+    return conn.close_reason is not None and not _others(error, trio.ClosedResourceError)
 
 
 def _others(error: BaseException, kind: type[Exception]) -> bool:

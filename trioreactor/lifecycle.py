@@ -180,11 +180,11 @@ class Lifecycle:
     def shutdown(self) -> None:
         """Half-close after everything queued, within `linger`."""
         if self.state is ConnectionState.CONNECTED:
-            self._start_linger()
             self.write.end()
+            self._start_linger()
 
     def _start_linger(self) -> None:
-        if self._linger_seconds is not None:
+        if self._linger_seconds is not None and self.state is not ConnectionState.DISCONNECTED:
             if self._linger is None:
                 self._linger = LingerWatch(self.write, self._linger_seconds, self._linger_expired)
             self._linger.start()

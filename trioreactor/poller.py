@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -55,18 +56,30 @@ class Poller(ABC):
 
     def register(self, channel: Channel) -> None:
         """Begin to watch *channel*. The first one starts the poller's task."""
-        self._watch(channel)
-        self._channels += 1
         if self._ended is None:
+            self._open()
             self._ended = trio.Event()
             trio.lowlevel.spawn_system_task(self._run, name=f"trioreactor.{type(self).__name__}")
+        self._channels += 1
+        try:
+            self._watch(channel)
+        except BaseException:
+            self._leave()
+            raise
 
     def unregister(self, channel: Channel) -> None:
         """Stop watching *channel*. The last one stops the poller's task."""
         self._unwatch(channel)
+        self._leave()
+
+    def _leave(self) -> None:
         self._channels -= 1
         if not self._channels:
             self._stop()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Make the poller's own descriptors: the first channel comes."""
 
     @abstractmethod
     def _watch(self, channel: Channel) -> None: ...
@@ -135,8 +148,12 @@ class Poller(ABC):
     def _stop(self) -> None:
         if not self._stopping:
             self._stopping = True
-            if current.get() is self:
-                current.set(None)
+            # Nobody is to be woken by descriptors that are closed.
+            self._asleep = False
+            # Outside its run (a garbage-collected connection) nobody can ask for it any more.
+            with suppress(RuntimeError):
+                if current.get() is self:
+                    current.set(None)
             self._close()
 
     async def _run(self) -> None:

@@ -49,12 +49,16 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         "_sock",
         "_write",
         "context",
+        "handler_error",
         "local_address",
         "peer_address",
     )
 
     context: Any
     """Yours: the library never looks at it."""
+    handler_error: BaseException | None
+    """What a handler raised, where it closed the connection itself before raising: so that whoever
+    logs it can tell it from the consequences of a close."""
     local_address: SocketAddress
     """Our end."""
     peer_address: SocketAddress
@@ -109,6 +113,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         self.local_address = local_address
         self.peer_address = peer_address
         self.context = None
+        self.handler_error = None
         self._draining: trio.Event | None = None
         self._sock = sock
         if name is None:
@@ -142,10 +147,14 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     @property
     def stream(self) -> trio.SocketStream:
-        """The stream underneath, for looking only: use `detach` to take it over."""
+        """The stream underneath, for looking only: use `detach` to take it over.
+
+        Once closed, the errors of `send`, unless it was looked at before.
+        """
         if self._life.stream is None:
-            assert isinstance(self._sock, stdlib_socket.socket)
-            self._life.stream = stream_around(self._sock)
+            sock = self._open_socket()
+            assert isinstance(sock, stdlib_socket.socket)
+            self._life.stream = stream_around(sock)
         return self._life.stream
 
     @property
@@ -381,13 +390,21 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         """Set a socket option, as `trio.SocketStream.setsockopt`."""
-        self._sock.setsockopt(level, option, value)
+        self._open_socket().setsockopt(level, option, value)
 
     def getsockopt(self, level: int, option: int, buffersize: int = 0) -> int | bytes:
         """Read a socket option, as `trio.SocketStream.getsockopt`."""
-        if not buffersize:
-            return self._sock.getsockopt(level, option)
-        return self._sock.getsockopt(level, option, buffersize)
+        sock = self._open_socket()
+        return (
+            sock.getsockopt(level, option, buffersize)
+            if buffersize
+            else sock.getsockopt(level, option)
+        )
+
+    def _open_socket(self) -> ConnectedSocket:
+        if self._life.state is ConnectionState.DISCONNECTED:
+            raise self._life.closed_error()
+        return self._sock
 
     def tcp_info(self) -> TcpInfo | None:
         """What the kernel knows of this connection; None off Linux and on Unix sockets."""

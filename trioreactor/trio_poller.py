@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trioreactor.channel import Channel, Pollable
 
 
+# Twenty looks a second cost nothing that can be measured.
+_LOOK_INTERVAL = 0.05
+
+
 class TrioPoller(Poller):
     """One short-lived system task for each wait that somebody asked for.
 
@@ -28,8 +32,11 @@ class TrioPoller(Poller):
         super().__init__()
         self._sleeper: trio.lowlevel.Task | None = None
 
+    def _open(self) -> None:
+        """Nothing: it has no descriptors of its own."""
+
     def _watch(self, channel: Channel) -> None:
-        pass
+        """Nothing, until somebody asks for input or room."""
 
     def _unwatch(self, channel: Channel) -> None:
         if channel.read_armed or channel.write_armed:
@@ -67,9 +74,12 @@ class TrioPoller(Poller):
                 await wait(channel.sock)
         except trio.ClosedResourceError:
             return False
+        except trio.BusyResourceError:
+            # Somebody else waits for this very descriptor: look now and then instead.
+            await trio.sleep(_LOOK_INTERVAL)
         except OSError:
+            # The owner's own call will say what is wrong.
             logger.exception("waiting for descriptor %d failed", channel.fd)
-            return False
         return channel.fd >= 0
 
     def _wake(self) -> None:
