@@ -161,9 +161,9 @@ def main() -> None:
         f"{len(cores)} cores"
     )
     base = {name: statistics.median(r.cpu_us for r in rs) for name, rs in rounds.items()}
-    print(
-        f"{'server':24}{'CPU us/trip':>12}{'trips/s':>10}{'x asyncio Protocol':>20}{'x plain trio':>14}"
-    )
+    titles = (("server", -24), ("CPU us/trip", 12), ("trips/s", 10))
+    titles += (("x asyncio Protocol", 20), ("x plain trio", 14))
+    print("".join(t.ljust(-width) if width < 0 else t.rjust(width) for t, width in titles))
     for name, cpu in base.items():
         rate = statistics.median(r.rate for r in rounds[name])
         ratios = "".join(

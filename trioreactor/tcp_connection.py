@@ -394,12 +394,9 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     def getsockopt(self, level: int, option: int, buffersize: int = 0) -> int | bytes:
         """Read a socket option, as `trio.SocketStream.getsockopt`."""
-        sock = self._open_socket()
-        return (
-            sock.getsockopt(level, option, buffersize)
-            if buffersize
-            else sock.getsockopt(level, option)
-        )
+        if not buffersize:
+            return self._open_socket().getsockopt(level, option)
+        return self._open_socket().getsockopt(level, option, buffersize)
 
     def _open_socket(self) -> ConnectedSocket:
         if self._life.state is ConnectionState.DISCONNECTED:
