@@ -36,6 +36,9 @@ logger = logging.getLogger("trioreactor.acceptor")
 # no longer; all at once gains little more and makes them wait for the whole crowd)
 DEFAULT_BATCH = 64
 
+# How many connections that died while they waited are skipped before others have their turn.
+_DEAD_IN_A_ROW = 16
+
 # How long to leave the listening socket alone when the system is short of something: as long as
 # trio does. At ten attempts a second it cannot spin, and service is back within this time.
 _PAUSE = 0.1
@@ -174,8 +177,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
         channel = self._registered()
         if self._paused:
             return None
-        # As many tries as there can be dead connections in a row; then others have their turn.
-        for _ in range(DEFAULT_BATCH):
+        for _ in range(_DEAD_IN_A_ROW):
             try:
                 sock, address = self._sock.accept()
             except BlockingIOError:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trioreactor.handler_errors import reason_for
-from trioreactor.state import CloseReason
-from trioreactor.tcp_connection import (
+from trioreactor.connection_callbacks import (
     MessageCallback,
-    TcpConnection,
     WaterMarkCallback,
     WriteCompleteCallback,
 )
+from trioreactor.handler_errors import is_consequence, reason_for
+from trioreactor.state import CloseReason
+from trioreactor.tcp_connection import TcpConnection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,8 @@ class Callbacks:
             await conn.aclose()
         except Exception as error:
             reason = reason_for(conn, error)
-            conn.handler_error = error
+            if not is_consequence(conn, error):
+                conn.handler_error = error
             conn.force_close(reason)
             raise
         except BaseException:

@@ -11,11 +11,16 @@ from trioreactor.handler_errors import close_and_log
 from trioreactor.state import ConnectionState
 
 if TYPE_CHECKING:
+    from trioreactor.buffer import Buffer
     from trioreactor.poller import Poller
     from trioreactor.read_half import ReadHalf
-    from trioreactor.tcp_connection import TcpConnection, WaterMarkCallback, WriteCompleteCallback
+    from trioreactor.tcp_connection import TcpConnection
 
 Args = TypeVarTuple("Args")
+
+MessageCallback = Callable[["TcpConnection", "Buffer"], object]
+WriteCompleteCallback = Callable[["TcpConnection"], object]
+WaterMarkCallback = Callable[["TcpConnection", int], object]
 
 
 class ConnectionCallbacks:

@@ -18,7 +18,7 @@ logger = logging.getLogger("trioreactor.server")
 
 def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
     """Why *conn* is to be closed after its handler raised *error*."""
-    if _is_consequence(conn, error):
+    if is_consequence(conn, error):
         return conn.close_reason or CloseReason.PEER_RESET
     if not _others(error, ProtocolError):
         return CloseReason.PROTOCOL_ERROR
@@ -28,7 +28,7 @@ def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
 def close_and_log(conn: TcpConnection, error: BaseException) -> None:
     """Close *conn*, whose handler raised *error*, and log that once, as loudly as it deserves."""
     reason = reason_for(conn, error)
-    if _is_consequence(conn, error):
+    if is_consequence(conn, error):
         logger.debug("%s: ended (%s): %r", conn.name, reason.value, error)
     elif reason is CloseReason.PROTOCOL_ERROR:
         logger.warning("%s: %s", conn.name, error)
@@ -37,7 +37,7 @@ def close_and_log(conn: TcpConnection, error: BaseException) -> None:
     conn.force_close(reason)
 
 
-def _is_consequence(conn: TcpConnection, error: BaseException) -> bool:
+def is_consequence(conn: TcpConnection, error: BaseException) -> bool:
     """Whether *error* only says that the connection was at its end before.
 
     It counts only if it is this connection that broke or was closed: an error of another resource

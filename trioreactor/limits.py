@@ -92,10 +92,13 @@ class ConnectionLimiter:
         self._lot.unpark_all()
 
     async def wait_for_room(self) -> None:
-        """Wait until `try_acquire` is worth a try, or the limiter is closed."""
+        """Wait until there may be room, or waiting is no longer wanted."""
         await trio.lowlevel.checkpoint()
         while not self._closed:
             limits = self._limits
+            if limits.when_full == "reject":
+                # It was changed meanwhile: those who wait are to be told.
+                return
             if limits.connections is not None and self._permits >= limits.connections:
                 await self._lot.park()
                 continue

@@ -56,6 +56,7 @@ class ReadHalf:
         "_error",
         "_limit",
         "_on_message",
+        "_owed",
         "_owner",
         "_receive_size",
         "_sock",
@@ -102,6 +103,8 @@ class ReadHalf:
         # Set while dispatching, with the connection and the context to call it with.
         self._conn: object = None
         self._on_message: OnMessage | None = None
+        # The callback is to be called for what an earlier call left, whatever comes.
+        self._owed = False
         # What dispatch has to raise.
         self._error: BaseException | None = None
         self._closed = False
@@ -124,8 +127,7 @@ class ReadHalf:
             max_bytes = RECEIVE_SIZE
         elif operator.index(max_bytes) < 1:
             raise ValueError(f"receive_some({max_bytes}): pass at least 1 byte, or None")
-        if self._task is not None:
-            raise trio.BusyResourceError("another task is already receiving on this connection")
+        self._begin()
         waited = False
         while True:
             if self._closed:
@@ -144,6 +146,12 @@ class ReadHalf:
                 self._task = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._abort)
                 waited = True
+
+    def _begin(self) -> None:
+        if self._closed:
+            raise self._owner.closed_error()
+        if self._task is not None:
+            raise trio.BusyResourceError("another task is already receiving on this connection")
 
     def _receive(self, max_bytes: int) -> bytes | None:
         """What is there, b"" at EOF, or None if there is nothing yet."""
@@ -179,12 +187,9 @@ class ReadHalf:
 
     async def dispatch(self, conn: object, on_message: OnMessage) -> None:
         """Call *on_message* for input until EOF or close: see `TcpConnection.dispatch`."""
-        if self._task is not None:
-            raise trio.BusyResourceError("another task is already receiving on this connection")
-        if self._closed:
-            raise self._owner.closed_error()
+        self._begin()
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self.eof:
+        if self.eof and not self.buffer.size:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         task = self._task = trio.lowlevel.current_task()
@@ -212,7 +217,7 @@ class ReadHalf:
         if buffer.size:
             if self._limit is not None:
                 size = min(size, self._limit - buffer.size)
-            if size <= 0 or not channel.readable:
+            if self._owed or size <= 0:
                 self._deliver_left_over(on_message)
                 return
         try:
@@ -264,12 +269,15 @@ class ReadHalf:
 
     def _deliver_left_over(self, on_message: OnMessage) -> None:
         """Call again for what an earlier call left: reading starts again, or there was no room."""
+        self._owed = False
         channel = self.channel
         if channel.readable:
             channel.read_again()
         elif not channel.read_armed:
             channel.want_read()
         self._deliver(on_message)
+        if self.eof:
+            self._finish(None)
 
     def run_in_context(self, fn: Callable[[*Args], object], *args: *Args) -> None:
         """Call *fn*, in the context of the task that dispatches if there is one."""
@@ -308,7 +316,8 @@ class ReadHalf:
     def _begin_reading(self) -> None:
         """Catch up on what no further event will tell of."""
         channel = self.channel
-        if channel.readable or self.buffer.size:
+        self._owed = self._on_message is not None and self.buffer.size > 0
+        if channel.readable or self._owed:
             channel.read_again()
         elif not channel.read_armed:
             channel.want_read()

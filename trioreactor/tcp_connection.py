@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import socket as stdlib_socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import trio
 
 from trioreactor.address import SocketAddress, format_address
-from trioreactor.buffer import Buffer
-from trioreactor.connection_callbacks import ConnectionCallbacks
+from trioreactor.connection_callbacks import (
+    ConnectionCallbacks,
+    MessageCallback,
+    WaterMarkCallback,
+    WriteCompleteCallback,
+)
 from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.default_poller import current_poller
 from trioreactor.lifecycle import Lifecycle
@@ -24,10 +28,6 @@ from trioreactor.sockets import (
     stream_around,
 )
 from trioreactor.state import CloseReason, ConnectionState
-
-MessageCallback = Callable[["TcpConnection", Buffer], object]
-WriteCompleteCallback = Callable[["TcpConnection"], object]
-WaterMarkCallback = Callable[["TcpConnection", int], object]
 
 
 class TcpConnection(trio.abc.HalfCloseableStream):
@@ -92,10 +92,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         watermarks: Watermarks = Watermarks(),
         timeouts: Timeouts = Timeouts(),
     ) -> TcpConnection:
-        """Make one from a connected, non-blocking standard socket, which it then owns.
-
-        This is how the server makes them: `stream` is built only if somebody asks for it.
-        """
+        """Make one, as the server does, from a connected, non-blocking standard socket."""
         self = cls.__new__(cls)
         self._set_up(sock, None, local_address, peer_address, name, watermarks, timeouts)
         return self
@@ -147,10 +144,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     @property
     def stream(self) -> trio.SocketStream:
-        """The stream underneath, for looking only: use `detach` to take it over.
-
-        Once closed, the errors of `send`, unless it was looked at before.
-        """
+        """The stream underneath, for looking only: use `detach` to take it over."""
         if self._life.stream is None:
             sock = self._open_socket()
             assert isinstance(sock, stdlib_socket.socket)
@@ -223,6 +217,11 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         `trio.BrokenResourceError` or `trio.ClosedResourceError` if that will not happen.
         """
         await self._write.wait_drained()
+
+    @property
+    def buffered(self) -> int:
+        """Bytes queued for sending, that the kernel has not taken yet."""
+        return self._write.queued
 
     def shutdown(self) -> None:
         """Half-close once everything queued is sent; input can still be read. Idempotent.
@@ -362,7 +361,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         self._life.force_close(reason, reset=reset)
 
     def force_close_after(self, seconds: float) -> None:
-        """`force_close` in *seconds*, unless it is closed by then. A later call replaces this."""
+        """`force_close` in *seconds*, unless closed by then. A later call replaces this."""
         if not seconds >= 0:
             raise ValueError(f"force_close_after({seconds!r}): pass at least 0 seconds")
         self._life.force_close_after(seconds)

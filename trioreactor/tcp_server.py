@@ -267,17 +267,17 @@ class TcpServer:
 
         Returns how many took it. Slow ones queue it, up to their hard limit; those that would
         pass it are closed with `CloseReason.SLOW_CONSUMER`; closed and closing ones are left out.
+        Those that are behind come last, so that queueing and closing delays none of the others.
         """
         data = bytes(data)
+        behind: list[TcpConnection] = []
         sent = 0
         for conn in list(self._connections.values() if to is None else to):
-            if conn.state is ConnectionState.CONNECTED:
-                try:
-                    conn.send(data)
-                except (trio.BrokenResourceError, trio.BusyResourceError):
-                    continue
-                sent += 1
-        return sent
+            if conn.buffered:
+                behind.append(conn)
+            else:
+                sent += _offer(conn, data)
+        return sent + sum(_offer(conn, data) for conn in behind)
 
     def stop_accepting(self) -> None:
         """Leave newcomers in the backlog until `resume_accepting`. Idempotent."""
@@ -364,6 +364,17 @@ async def serve_tcp(
         server_options["socket_options"] = replace(options, backlog=backlog)
     server = TcpServer(handler, port, host=host, **server_options)
     await server.serve(handler_nursery=handler_nursery, task_status=task_status)
+
+
+def _offer(conn: TcpConnection, data: bytes) -> bool:
+    """Send without waiting. False if the connection did not take it."""
+    if conn.state is not ConnectionState.CONNECTED:
+        return False
+    try:
+        conn.send(data)
+    except (trio.BrokenResourceError, trio.BusyResourceError):
+        return False
+    return True
 
 
 def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
