@@ -153,7 +153,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
                 return stream_around(accepted[0])
             await self.wait_acceptable()
 
-    async def wait_acceptable(self) -> None:
+    async def wait_acceptable(self) -> None:  # noqa: ASYNC910 one of the two waits, always
         """Wait until `accept_nowait` is worth a try. Errors are those of `accept`."""
         if self._waiter is not None:
             raise trio.BusyResourceError("another task already waits to accept here")

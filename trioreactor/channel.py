@@ -102,3 +102,9 @@ class Channel:
         if self.fd >= 0:
             self.poller.unregister(self)
             self.fd = -1
+            # The owner's methods, which refer to the owner, which refers to this.
+            self.on_readable = self.on_writable = _closed
+
+
+def _closed() -> None:
+    """What a closed channel calls."""

@@ -82,7 +82,7 @@ class ConnectionCallbacks:
             # One that sends on and on (chargen) meets the closing sooner or later.
             if self._conn.state is ConnectionState.CONNECTED:
                 self._failed(error)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 dispatch raises it, or it is logged
             self._failed(error)
 
     def _failed(self, error: BaseException) -> None:

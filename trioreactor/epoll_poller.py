@@ -76,7 +76,7 @@ class EpollPoller(Poller):
             self._asleep = False
             os.eventfd_write(self._wakeup, 1)
 
-    async def _sleep(self) -> None:
+    async def _sleep(self) -> None:  # noqa: ASYNC910 returns at once only when the task is to end
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._epoll.fileno())
 
@@ -101,7 +101,7 @@ class EpollPoller(Poller):
                 if mask & _WRITE and channel.write_wanted:
                     channel.write_wanted = False
                     channel.on_writable()
-            except BaseException:
+            except BaseException:  # noqa: ASYNC103 nothing may escape the task
                 logger.exception("a channel's owner raised; the event was dropped")
         return bool(events)
 

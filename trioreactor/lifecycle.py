@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from trioreactor.channel import Channel
+from trioreactor.ending import Ending
 from trioreactor.linger import LingerWatch
 from trioreactor.read_half import ReadHalf
 from trioreactor.sockets import broken, reset_on_close
@@ -35,18 +36,15 @@ class Lifecycle:
 
     __slots__ = (
         "_aclosing",
-        "_broken",
         "_closed",
-        "_closed_here",
         "_force_timer",
         "_is_twin",
         "_linger",
         "_linger_seconds",
         "_sock",
         "callbacks",
-        "close_reason",
+        "ending",
         "handler_scope",
-        "name",
         "poller",
         "read",
         "state",
@@ -65,17 +63,13 @@ class Lifecycle:
     ) -> None:
         self._sock = sock
         self.poller = poller
-        self.name = name
         self.state = ConnectionState.CONNECTED
-        self.close_reason: CloseReason | None = None
         # The trio stream, if there is one. Either our socket object is its socket's twin, on the
         # same descriptor, or the stream was built around our own object.
         self.stream = stream
         self._is_twin = stream is not None
         self.handler_scope: trio.CancelScope | None = None
-        # What the peer or the network did; `_closed_here` then says whether we closed since.
-        self._broken: Exception | None = None
-        self._closed_here = False
+        self.ending = Ending(name)
         self._aclosing = False
         # Made when they are first needed: most connections need none of them.
         self.callbacks: ConnectionCallbacks | None = None
@@ -83,8 +77,8 @@ class Lifecycle:
         self._linger: LingerWatch | None = None
         self._force_timer: Timer | None = None
         self._linger_seconds = timeouts.linger
-        self.write = WriteHalf(self, sock, watermarks, timeouts.write_stall)
-        self.read = ReadHalf(self, sock, self.write, watermarks.receive_limit)
+        self.write = WriteHalf(self, self.ending, sock, watermarks, timeouts.write_stall)
+        self.read = ReadHalf(self, self.ending, sock, self.write, watermarks.receive_limit)
         self.write.channel = self.read.channel = Channel(
             poller,
             sock,
@@ -97,28 +91,14 @@ class Lifecycle:
     def _become(self, state: ConnectionState) -> None:
         """The only setter of the state."""
         check_transition(self.state, state)
-        logger.debug("%s: %s -> %s", self.name, self.state.name, state.name)
+        logger.debug("%s: %s -> %s", self.ending.name, self.state.name, state.name)
         self.state = state
-
-    @property
-    def broken(self) -> bool:
-        """Whether the peer or the network has broken the connection."""
-        return self._broken is not None
-
-    def closed_error(self) -> Exception:
-        """What to raise to somebody who uses a connection that no longer serves them."""
-        if self._broken is None or self._closed_here:
-            reason = self.close_reason.value if self.close_reason else "closing"
-            return trio.ClosedResourceError(f"{self.name}: we closed this connection ({reason})")
-        error = trio.BrokenResourceError(f"{self.name}: {self._broken}")
-        error.__cause__ = self._broken
-        return error
 
     def close(self, reason: CloseReason, *, reset: bool = False) -> None:
         """Close the descriptor and wake everyone. Idempotent: the first reason stays."""
         if self.state is ConnectionState.DISCONNECTED:
             return
-        self.close_reason = reason
+        self.ending.reason = reason
         self._leave_loop()
         if reset:
             reset_on_close(self._sock)
@@ -134,11 +114,13 @@ class Lifecycle:
         self._become(ConnectionState.DISCONNECTED)
         if self._linger is not None:
             self._linger.stop()
+            self._linger = None
         if self._force_timer is not None:
             self._force_timer.cancel()
+        self.callbacks = None
         self.write.channel.close()
-        self.write.fail()
-        self.read.close(self.closed_error() if self._broken else None)
+        self.write.close()
+        self.read.close(self.ending.error() if self.ending.broken else None)
         if self._closed is not None:
             self._closed.set()
 
@@ -155,7 +137,7 @@ class Lifecycle:
 
     def force_close(self, reason: CloseReason, *, reset: bool) -> None:
         """Close now; drop what is queued; cancel the handler."""
-        self._closed_here = True
+        self.ending.closed_here = True
         # First, so that the handler sees one thing, the cancellation, and not two. Also when the
         # connection is closed already, for its handler may still be at something else.
         if self.handler_scope is not None:
@@ -194,13 +176,13 @@ class Lifecycle:
 
     def _natural_reason(self) -> CloseReason:
         """The reason of a close by us, if nothing else comes between."""
-        if self._broken is not None:
+        if self.ending.broken is not None:
             return CloseReason.PEER_RESET
         return CloseReason.PEER_EOF if self.read.eof else CloseReason.LOCAL_CLOSE
 
     async def aclose(self) -> None:
         """Flush, linger if the peer would lose our last bytes otherwise, close."""
-        self._closed_here = True
+        self.ending.closed_here = True
         try:
             if self._aclosing:
                 await self.wait_closed()
@@ -218,13 +200,13 @@ class Lifecycle:
             raise
         await self.poller.wait_stopped()
 
-    async def _flush_and_linger(self) -> None:
+    async def _flush_and_linger(self) -> None:  # noqa: ASYNC910 aclose has checkpoints
         if self.write.buffer.size:
             self._start_linger()
             await self.write.wait_at_most(0)
         if self.read.eof or not self.read.has_unread():
             # Closing sends FIN, and the kernel delivers the rest.
-            return
+            return  # noqa: ASYNC910 as above
         # Closing with unread input sends RST, which can overtake our last bytes.
         self.write.end_now()
         self._start_linger()
@@ -238,10 +220,10 @@ class Lifecycle:
         if self.read.busy or self.read.dispatching:
             raise trio.BusyResourceError("another task is receiving on this connection")
         if self.state is not ConnectionState.CONNECTED:
-            raise self.closed_error()
+            raise self.ending.error()
         left_over = self.read.buffer.take()
-        self._closed_here = True
-        self.close_reason = CloseReason.LOCAL_CLOSE
+        self.ending.closed_here = True
+        self.ending.reason = CloseReason.LOCAL_CLOSE
         self._leave_loop()
         if self._is_twin:
             self._sock.detach()
@@ -251,14 +233,14 @@ class Lifecycle:
 
     def on_receive_failed(self, error: OSError) -> None:
         """A read found the connection broken: nothing is left in it."""
-        if self._broken is None:
-            self._broken = broken(error)
+        if self.ending.broken is None:
+            self.ending.broken = broken(error)
         self.close(CloseReason.PEER_RESET)
 
     def on_send_failed(self, error: OSError) -> None:
         """A write found the connection broken. What came before the break may still be unread."""
-        if self._broken is None:
-            self._broken = broken(error)
+        if self.ending.broken is None:
+            self.ending.broken = broken(error)
         if error.errno != errno.EPIPE:
             # EPIPE: the peer had sent its EOF before, and that stays a clean one to read.
             self.read.reset_error = error
@@ -269,13 +251,13 @@ class Lifecycle:
 
     def on_send_buffer_full(self) -> None:
         """The peer is too slow for a sender that does not wait."""
-        self._broken = trio.BrokenResourceError("the send buffer reached its limit")
+        self.ending.broken = trio.BrokenResourceError("the send buffer reached its limit")
         self.close(CloseReason.SLOW_CONSUMER)
 
     def on_send_torn(self) -> None:
         """A message was cut off half-way, so nothing can follow it."""
         if self.state is not ConnectionState.DISCONNECTED:
-            self._broken = trio.BrokenResourceError("a send_all was cancelled half-way")
+            self.ending.broken = trio.BrokenResourceError("a send_all was cancelled half-way")
             self.close(CloseReason.CANCELLED)
 
     def on_write_stalled(self) -> None:

@@ -156,7 +156,7 @@ class Poller(ABC):
                     current.set(None)
             self._close()
 
-    async def _run(self) -> None:
+    async def _run(self) -> None:  # noqa: ASYNC910 a task of its own
         try:
             while not self._stopping:
                 # Work that is left over must not wait, but other tasks have their turn first.
@@ -207,7 +207,7 @@ class Poller(ABC):
     def _contain(self, fn: Callable[[], object]) -> None:
         try:
             fn()
-        except BaseException:
+        except BaseException:  # noqa: ASYNC103 nothing may escape the task
             # Owners contain what users' callbacks raise, so this is a bug of the library; it must
             # not cost the whole trio run.
             logger.exception("a call from the poller raised; it was dropped")

@@ -6,37 +6,35 @@ takes it. In dispatch mode it reads in the poller and calls the user's function 
 
 from __future__ import annotations
 
+import contextvars
 import operator
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 import trio
 
 from trioreactor.buffer import Buffer
 from trioreactor.errors import ReceiveBufferFull
+from trioreactor.half_owner import GONE
 from trioreactor.sockets import broken
 
 if TYPE_CHECKING:
-    import contextvars
-
     from trioreactor.channel import Channel
+    from trioreactor.ending import Ending
+    from trioreactor.half_owner import HalfOwner
     from trioreactor.sockets import ConnectedSocket
     from trioreactor.write_half import WriteHalf
 
 # One read, in bytes. (trio's and asyncio's usual size is 64 KiB to 256 KiB)
 RECEIVE_SIZE = 65536
 
+# Takes the place of a dispatching task's.
+_NO_CONTEXT = contextvars.Context()
+
 OnMessage = Callable[[Any, Buffer], object]
 Args = TypeVarTuple("Args")
-
-
-class ReadHalfOwner(Protocol):
-    """What the read half tells its connection. All are called in the loop and never raise."""
-
-    def on_receive_failed(self, error: OSError) -> None: ...
-    def closed_error(self) -> Exception: ...
 
 
 # A poller's task is protected from KeyboardInterrupt. A user's callback should not be: Ctrl-C
@@ -53,6 +51,7 @@ class ReadHalf:
         "_closed",
         "_conn",
         "_context",
+        "_ending",
         "_error",
         "_limit",
         "_on_message",
@@ -71,16 +70,18 @@ class ReadHalf:
     )
 
     channel: Channel
-    _context: contextvars.Context
 
     def __init__(
         self,
-        owner: ReadHalfOwner,
+        owner: HalfOwner,
+        ending: Ending,
         sock: ConnectedSocket,
         write: WriteHalf,
         receive_limit: int | None,
     ) -> None:
-        self._owner = owner
+        # Replaced by `GONE` at the close.
+        self._owner: HalfOwner = owner
+        self._ending = ending
         self._sock = sock
         # Corked around callbacks, so that what they send leaves together.
         self._write = write
@@ -103,6 +104,7 @@ class ReadHalf:
         # Set while dispatching, with the connection and the context to call it with.
         self._conn: object = None
         self._on_message: OnMessage | None = None
+        self._context = _NO_CONTEXT
         # The callback is to be called for what an earlier call left, whatever comes.
         self._owed = False
         # What dispatch has to raise.
@@ -131,7 +133,7 @@ class ReadHalf:
         waited = False
         while True:
             if self._closed:
-                raise self._owner.closed_error()
+                raise self._ending.error()
             if (self.channel.readable and self.reading) or self.buffer.size or self.eof:
                 if not waited:
                     await trio.lowlevel.checkpoint_if_cancelled()
@@ -139,7 +141,7 @@ class ReadHalf:
                 if data is not None:
                     if not waited:
                         await trio.lowlevel.cancel_shielded_checkpoint()
-                    return data
+                    return data  # noqa: ASYNC910 it waited, or else did both
             else:
                 if not self.channel.read_armed:
                     self.channel.want_read()
@@ -149,7 +151,7 @@ class ReadHalf:
 
     def _begin(self) -> None:
         if self._closed:
-            raise self._owner.closed_error()
+            raise self._ending.error()
         if self._task is not None:
             raise trio.BusyResourceError("another task is already receiving on this connection")
 
@@ -174,7 +176,7 @@ class ReadHalf:
         if not n:
             self._see_eof()
             if self._closed:
-                raise self._owner.closed_error()
+                raise self._ending.error()
         self.bytes_received += n
         return data
 
@@ -197,10 +199,15 @@ class ReadHalf:
         self._conn = conn
         self._context = task.context
         self._begin_reading()
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        try:
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+            if self._error is not None:
+                raise self._error
+        finally:
+            # Nothing of this may hold on to anything: each would be a cycle.
+            self._error = None
+            self._conn = None
+            self._context = _NO_CONTEXT
 
     def on_readable(self) -> None:
         """There is input, an EOF or an error, or something left over. The hot path of dispatch."""
@@ -251,7 +258,7 @@ class ReadHalf:
         write.corked = True
         try:
             self._context.run(_call_user, on_message, self._conn, self.buffer)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 dispatch raises it
             self._finish(error)
         write.uncork()
         if self.buffer.size and self._limit is not None:
@@ -370,6 +377,7 @@ class ReadHalf:
             self._finish(error)
         else:
             self._wake()
+        self._owner = GONE
 
     def _wake(self) -> None:
         if self._task is not None:

@@ -114,6 +114,8 @@ def peer_of(sock: socket.socket) -> SocketAddress:
 
 def broken(error: OSError) -> trio.BrokenResourceError:
     """The one translation of what a connected socket can raise: the peer or the network did it."""
+    # A connection remembers its error: the traceback's frames would hold the connection.
+    error.__traceback__ = None
     wrapped = trio.BrokenResourceError(f"the connection broke: {error}")
     wrapped.__cause__ = error
     return wrapped

@@ -125,7 +125,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
     @property
     def name(self) -> str:
         """For logs and registries. A server numbers its own; else the two addresses."""
-        return self._life.name
+        return self._life.ending.name
 
     @property
     def state(self) -> ConnectionState:
@@ -135,12 +135,12 @@ class TcpConnection(trio.abc.HalfCloseableStream):
     @property
     def close_reason(self) -> CloseReason | None:
         """Why it was closed; None until then."""
-        return self._life.close_reason
+        return self._life.ending.reason
 
     @property
     def broken(self) -> bool:
         """Whether the peer or the network has broken it. Input from before may still be unread."""
-        return self._life.broken
+        return self._life.ending.broken is not None
 
     @property
     def stream(self) -> trio.SocketStream:
@@ -399,7 +399,7 @@ class TcpConnection(trio.abc.HalfCloseableStream):
 
     def _open_socket(self) -> ConnectedSocket:
         if self._life.state is ConnectionState.DISCONNECTED:
-            raise self._life.closed_error()
+            raise self._life.ending.error()
         return self._sock
 
     def tcp_info(self) -> TcpInfo | None:

@@ -157,14 +157,14 @@ class TcpServer:
             return await open_tcp_acceptors(
                 self._port, host=self._host, socket_options=self._socket_options
             )
-        return [
+        return [  # noqa: ASYNC910 serve has checkpoints
             acceptor
             if isinstance(acceptor, Acceptor)
             else Acceptor(acceptor.socket, socket_options=self._socket_options)
             for acceptor in self._given
         ]
 
-    async def _accept_loop(self, acceptor: Acceptor) -> None:
+    async def _accept_loop(self, acceptor: Acceptor) -> None:  # noqa: ASYNC910 a task of its own
         try:
             while not self._ending:
                 await self._may_accept.wait()
@@ -232,7 +232,7 @@ class TcpServer:
             self._forget(conn)
             raise
 
-    async def _run(self, conn: TcpConnection) -> None:
+    async def _run(self, conn: TcpConnection) -> None:  # noqa: ASYNC910 a task of its own
         """The whole life of one connection's task."""
         try:
             assert conn.handler_scope is not None
@@ -254,6 +254,8 @@ class TcpServer:
     def _forget(self, conn: TcpConnection) -> None:
         del self._connections[conn.name]
         self._counters.count_end(conn)
+        # It refers to the task, and the task's frames to the connection.
+        conn.handler_scope = None
         self._limiter.leave(conn.peer_address)
         if not self._connections:
             self._empty.unpark_all()

@@ -73,14 +73,14 @@ class TrioPoller(Poller):
             if channel.fd >= 0:
                 await wait(channel.sock)
         except trio.ClosedResourceError:
-            return False
+            return False  # noqa: ASYNC910 the task ends
         except trio.BusyResourceError:
             # Somebody else waits for this very descriptor: look now and then instead.
             await trio.sleep(_LOOK_INTERVAL)
         except OSError:
             # The owner's own call will say what is wrong.
             logger.exception("waiting for descriptor %d failed", channel.fd)
-        return channel.fd >= 0
+        return channel.fd >= 0  # noqa: ASYNC910 the task ends
 
     def _wake(self) -> None:
         if self._sleeper is not None:

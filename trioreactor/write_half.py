@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
 from trioreactor.errors import SendBufferFull
+from trioreactor.half_owner import GONE
 from trioreactor.send_buffer import Crossing, SendBuffer, bytes_view, kept
 from trioreactor.sockets import broken
 from trioreactor.stall_watch import StallWatch
 
 if TYPE_CHECKING:
     from trioreactor.channel import Channel
+    from trioreactor.ending import Ending
+    from trioreactor.half_owner import HalfOwner
     from trioreactor.options import Watermarks
     from trioreactor.sockets import ConnectedSocket
 
 # Gather writes in one go before others have their turn: at most a megabyte, with the buffer's own
 # bound on each.
 _WRITES_PER_TURN = 4
-
-
-class WriteHalfOwner(Protocol):
-    """What the write half tells its connection. All are called in the loop and never raise."""
-
-    def on_high_water_mark(self) -> None: ...
-    def on_low_water_mark(self) -> None: ...
-    def on_write_complete(self) -> None: ...
-    def on_send_failed(self, error: OSError) -> None: ...
-    def on_send_buffer_full(self) -> None: ...
-    def on_send_torn(self) -> None: ...
-    def on_write_stalled(self) -> None: ...
-    def on_eof_sent(self) -> None: ...
-    def start_ending(self) -> None: ...
-    def closed_error(self) -> Exception: ...
 
 
 class WriteHalf:
@@ -52,6 +40,7 @@ class WriteHalf:
     __slots__ = (
         "_accepting",
         "_closing",
+        "_ending",
         "_eof_wanted",
         "_failed",
         "_lot",
@@ -75,12 +64,15 @@ class WriteHalf:
 
     def __init__(
         self,
-        owner: WriteHalfOwner,
+        owner: HalfOwner,
+        ending: Ending,
         sock: ConnectedSocket,
         watermarks: Watermarks,
         write_stall: float | None,
     ) -> None:
-        self._owner = owner
+        # Replaced by `GONE` at the close.
+        self._owner: HalfOwner = owner
+        self._ending = ending
         self._sock = sock
         self.buffer = SendBuffer(watermarks)
         self.bytes_sent = 0
@@ -209,7 +201,9 @@ class WriteHalf:
         finally:
             self._sending = False
 
-    async def _send_slices(self, data: bytes | bytearray | memoryview) -> None:
+    async def _send_slices(  # noqa: ASYNC910 there is a slice, and each has a checkpoint
+        self, data: bytes | bytearray | memoryview
+    ) -> None:
         """Stream what can never be queued whole, in slices of what the buffer can hold."""
         view = bytes_view(data)
         # Large enough to keep the kernel busy, and a slice always finds room below the high mark.
@@ -253,9 +247,9 @@ class WriteHalf:
             await trio.lowlevel.checkpoint()
         await self.wait_at_most(0)
         if self._failed:
-            raise self._owner.closed_error()
+            raise self._ending.error()
 
-    async def wait_at_most(self, size: int) -> None:
+    async def wait_at_most(self, size: int) -> None:  # noqa: ASYNC910 callers have checkpoints
         """Wait until at most *size* bytes are queued, or the half has failed."""
         while self.buffer.size > size:
             await self._park()
@@ -264,7 +258,7 @@ class WriteHalf:
         if self._sending:
             raise trio.BusyResourceError("another task is already sending on this connection")
         if not self.open:
-            raise self._owner.closed_error()
+            raise self._ending.error()
         self._sending = True
 
     def _refusal(self) -> Exception:
@@ -272,13 +266,13 @@ class WriteHalf:
             return trio.BusyResourceError(
                 "another task is streaming data larger than the send buffer's limit"
             )
-        return self._owner.closed_error()
+        return self._ending.error()
 
-    async def _wait_not_congested(self) -> None:
+    async def _wait_not_congested(self) -> None:  # noqa: ASYNC910 callers have checkpoints
         while self.buffer.congested and not self._closing:
             await self._park()
         if self._failed or self._closing:
-            raise self._owner.closed_error()
+            raise self._ending.error()
 
     async def _park(self) -> None:
         if self._lot is None:
@@ -370,7 +364,7 @@ class WriteHalf:
         if self._sending:
             raise trio.BusyResourceError("another task is already sending on this connection")
         if self._failed or self._closing:
-            raise self._owner.closed_error()
+            raise self._ending.error()
         self._sending = True
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -378,7 +372,7 @@ class WriteHalf:
             while self._eof_wanted and not self._closing:
                 await self._park()
             if not self.eof_sent:
-                raise self._owner.closed_error()
+                raise self._ending.error()
             await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._sending = False
@@ -416,3 +410,9 @@ class WriteHalf:
         if self._stall_watch is not None:
             self._stall_watch.stop()
         self.wake()
+
+    def close(self) -> None:
+        """The connection is closed: `fail`, and let the owner go."""
+        self.fail()
+        self._owner = GONE
+        self._stall_watch = None
