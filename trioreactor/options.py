@@ -9,15 +9,26 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+# What fits into the kernel's int, where it has no narrower bound of its own.
+_INT_MAX = 2**31 - 1
 
-def _check_count(owner: str, name: str, value: object, *, least: int, unit: str) -> None:
-    """Raise unless *value* is None or a whole number of at least *least*."""
+# Linux's bounds for TCP keepalive: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL and MAX_TCP_KEEPCNT.
+_KEEPALIVE_SECONDS_MAX = 32767
+_KEEPALIVE_COUNT_MAX = 127
+
+
+def _check_count(
+    owner: str, name: str, value: object, *, least: int, unit: str, most: int | None = None
+) -> None:
+    """Raise unless *value* is None or a whole number from *least* to *most*."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}({name}={value!r}): pass a whole number of {unit}")
     if value < least:
         raise ValueError(f"{owner}({name}={value!r}): pass at least {least} {unit}")
+    if most is not None and value > most:
+        raise ValueError(f"{owner}({name}={value!r}): pass at most {most} {unit}")
 
 
 def _check_seconds(owner: str, name: str, value: object, *, zero: bool = False) -> None:
@@ -102,9 +113,11 @@ class Keepalive:
 
     def __post_init__(self) -> None:
         _check_present("Keepalive", idle=self.idle, interval=self.interval, count=self.count)
-        _check_count("Keepalive", "idle", self.idle, least=1, unit="seconds")
-        _check_count("Keepalive", "interval", self.interval, least=1, unit="seconds")
-        _check_count("Keepalive", "count", self.count, least=1, unit="probes")
+        most = _KEEPALIVE_SECONDS_MAX
+        _check_count("Keepalive", "idle", self.idle, least=1, most=most, unit="seconds")
+        _check_count("Keepalive", "interval", self.interval, least=1, most=most, unit="seconds")
+        most = _KEEPALIVE_COUNT_MAX
+        _check_count("Keepalive", "count", self.count, least=1, most=most, unit="probes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,9 +151,18 @@ class SocketOptions:
                 "Keepalive(idle=..., interval=..., count=...)"
             )
         _check_seconds("SocketOptions", "user_timeout", self.user_timeout)
-        _check_count("SocketOptions", "send_buffer", self.send_buffer, least=1, unit="bytes")
-        _check_count("SocketOptions", "receive_buffer", self.receive_buffer, least=1, unit="bytes")
-        _check_count("SocketOptions", "backlog", self.backlog, least=1, unit="connections")
+        if self.user_timeout is not None and self.user_timeout * 1000 > _INT_MAX:
+            raise ValueError(
+                f"SocketOptions(user_timeout={self.user_timeout!r}): pass at most "
+                f"{_INT_MAX // 1000} seconds, or None for off"
+            )
+        for name, unit in (
+            ("send_buffer", "bytes"),
+            ("receive_buffer", "bytes"),
+            ("backlog", "connections"),
+        ):
+            value = getattr(self, name)
+            _check_count("SocketOptions", name, value, least=1, most=_INT_MAX, unit=unit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

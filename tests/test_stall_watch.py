@@ -1,0 +1,135 @@
+"""StallWatch: a stall is noticed when it has lasted, and progress is never mistaken for one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from trioreactor.channel import Channel
+from trioreactor.default_poller import current_poller
+from trioreactor.poller import Poller
+from trioreactor.stall_watch import StallWatch
+
+PATIENCE = 5.0
+
+
+@contextmanager
+def polled() -> Iterator[Poller]:
+    """A poller that runs: its timers do so while it has a channel."""
+    left, right = socket.socketpair()
+    with left, right:
+        channel = Channel(
+            current_poller(), left, on_readable=lambda: None, on_writable=lambda: None
+        )
+        yield channel.poller
+        channel.close()
+
+
+class Stalls:
+    """When stalls were reported."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def __call__(self) -> None:
+        self.at.append(trio.current_time())
+
+
+async def test_nothing_moves(autojump_clock: MockClock) -> None:
+    """Without any progress the stall is reported once, when patience has run out."""
+    stalls = Stalls()
+    with polled() as poller:
+        StallWatch(PATIENCE, stalls).start(poller)
+        await trio.sleep(100)
+    assert stalls.at == [PATIENCE]
+
+
+async def test_not_before_it_begins(autojump_clock: MockClock) -> None:
+    """The time before the start does not count."""
+    stalls = Stalls()
+    with polled() as poller:
+        watch = StallWatch(PATIENCE, stalls)
+        await trio.sleep(100)
+        watch.start(poller)
+        await trio.sleep(100)
+    assert stalls.at == [100 + PATIENCE]
+
+
+async def test_starting_twice_is_starting_once(autojump_clock: MockClock) -> None:
+    """A start while the watch runs is no progress: writing in vain must not look like moving."""
+    stalls = Stalls()
+    with polled() as poller:
+        watch = StallWatch(PATIENCE, stalls)
+        for _ in range(20):
+            watch.start(poller)
+            await trio.sleep(PATIENCE / 10)
+            if stalls.at:
+                break
+    assert stalls.at == [pytest.approx(PATIENCE)]
+
+
+async def test_progress_gives_time(autojump_clock: MockClock) -> None:
+    """Each progress gives the full patience again, counted from it."""
+    stalls = Stalls()
+    with polled() as poller:
+        watch = StallWatch(PATIENCE, stalls)
+        watch.start(poller)
+        for _ in range(10):
+            await trio.sleep(PATIENCE * 0.9)
+            watch.progress()
+        moved = trio.current_time()
+        await trio.sleep(100)
+    assert stalls.at == [pytest.approx(moved + PATIENCE)]
+
+
+async def test_stopping(autojump_clock: MockClock) -> None:
+    """A stopped watch reports nothing; it can begin again, with the full patience."""
+    stalls = Stalls()
+    with polled() as poller:
+        watch = StallWatch(PATIENCE, stalls)
+        watch.stop()
+        watch.start(poller)
+        await trio.sleep(PATIENCE * 0.9)
+        watch.stop()
+        watch.stop()
+        await trio.sleep(100)
+        assert stalls.at == []
+        begun = trio.current_time()
+        watch.start(poller)
+        await trio.sleep(100)
+    assert stalls.at == [pytest.approx(begun + PATIENCE)]
+
+
+# Not at the very moment when patience runs out, where either would be right.
+gaps = st.floats(0, 0.99 * PATIENCE) | st.floats(1.01 * PATIENCE, 2 * PATIENCE)
+
+
+@given(waits=st.lists(gaps, max_size=30))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_exactly_the_first_gap(waits: list[float]) -> None:
+    """What is reported is the first time in which nothing moved for as long as patience lasts."""
+    stalls = Stalls()
+
+    async def main() -> None:
+        with polled() as poller:
+            watch = StallWatch(PATIENCE, stalls)
+            watch.start(poller)
+            for wait in waits:
+                await trio.sleep(wait)
+                watch.progress()
+            await trio.sleep(2 * PATIENCE)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    now = 0.0
+    for wait in [*waits, 2 * PATIENCE]:
+        if wait >= PATIENCE:
+            break
+        now += wait
+    assert stalls.at == [pytest.approx(now + PATIENCE)]
