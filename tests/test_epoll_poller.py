@@ -1,0 +1,213 @@
+"""EpollPoller: edges are not lost, and events of former owners do no harm."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+
+import pytest
+import trio
+import trio.testing
+
+from tests.conftest import fill, no_leaks, tcp_pair, unix_pair, until
+from trioreactor import CloseReason, TcpConnection
+from trioreactor.buffer import Buffer
+from trioreactor.default_poller import current_poller
+from trioreactor.epoll_poller import HAVE_EPOLL, EpollPoller
+from trioreactor.poller import current
+
+pytestmark = pytest.mark.skipif(not HAVE_EPOLL, reason="this platform has no epoll")
+
+settled = trio.testing.wait_all_tasks_blocked
+
+
+@pytest.fixture(autouse=True)
+def epoll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about this poller, whatever the environment says."""
+    monkeypatch.setenv("TRIOREACTOR_POLLER", "epoll")
+
+
+async def test_a_descriptor_is_registered_once() -> None:
+    """Neither reading, pausing nor writing tells the kernel anything about the descriptor."""
+    calls: list[str] = []
+
+    class Counting:
+        """An epoll object that counts."""
+
+        def __init__(self, epoll: select.epoll) -> None:
+            self._epoll = epoll
+
+        def register(self, fd: int, mask: int) -> None:
+            calls.append("register")
+            self._epoll.register(fd, mask)
+
+        def modify(self, fd: int, mask: int) -> None:
+            calls.append("modify")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._epoll, name)
+
+    left, right = await unix_pair()
+    poller = current_poller()
+    assert isinstance(poller, EpollPoller)
+    poller._epoll = Counting(poller._epoll)  # type: ignore[assignment]
+    a, b = await unix_pair()
+    for _ in range(20):
+        a.send(b"x")
+        assert await b.receive_some() == b"x"
+        b.stop_reading()
+        b.start_reading()
+    await fill(a)
+    await settled()
+    while a.statistics().buffered:
+        await b.receive_some()
+    assert calls == ["register"] * 2
+    for conn in (a, b, left, right):
+        conn.force_close()
+
+
+async def test_a_fin_after_a_short_read() -> None:
+    """A FIN that comes after the data was read is an event of its own."""
+    left, right = await tcp_pair()
+    got: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(right.dispatch, lambda conn, buffer: got.append(buffer.take()))
+        await settled()
+        left.send(b"data")
+        await until(lambda: got)
+        await settled(0.01)
+        assert not right._read.eof
+        left.shutdown()
+        with trio.fail_after(10):
+            await until(lambda: right._read.eof)
+    assert got == [b"data"]
+    left.force_close()
+    right.force_close()
+
+
+@pytest.mark.parametrize("mode", ["coroutine", "dispatch"])
+async def test_data_and_reset_together(mode: str) -> None:
+    """Of data and a reset that are found together, the data comes first."""
+    left, right = await tcp_pair()
+    got = bytearray()
+    left.send(b"data")
+    left.force_close(reset=True)
+    await settled(0.01)
+    with pytest.raises(trio.BrokenResourceError):
+        if mode == "coroutine":
+            async for chunk in right:
+                got += chunk
+        else:
+            await right.dispatch(lambda conn, buffer: got.extend(buffer.take()))
+    assert got == b"data"
+    assert right.close_reason is CloseReason.PEER_RESET
+
+
+async def test_an_edge_after_a_short_write() -> None:
+    """After the kernel was full, its next room is used, with nothing asked for again."""
+    left, right = await tcp_pair()
+    size = 20_000_000
+    left.send(bytes(size))
+    assert left.statistics().buffered
+    got = 0
+    with trio.fail_after(20):
+        while got < size:
+            got += len(await right.receive_some())
+    await until(lambda: not left.statistics().buffered)
+    left.force_close()
+    right.force_close()
+
+
+async def test_a_number_taken_again_in_the_same_batch() -> None:
+    """Events of a connection that another one's callback closed do not hurt the connection that
+    got its number: it neither ends nor misses anything.
+    """
+    async with no_leaks():
+        first_left, first = await unix_pair()
+        victim_left, victim = await unix_pair()
+        poller = current_poller()
+        assert isinstance(poller, EpollPoller)
+        number = victim._sock.fileno()
+        successors: list[tuple[TcpConnection, TcpConnection]] = []
+
+        def on_message(conn: TcpConnection, buffer: Buffer) -> None:
+            buffer.take()
+            victim.force_close()
+            ours, theirs = socket.socketpair()
+            # The kernel gives the lowest free number; make sure that it is the victim's.
+            if theirs.fileno() == number:
+                ours, theirs = theirs, ours
+            if ours.fileno() != number:
+                os.dup2(ours.fileno(), number)
+                ours.close()
+            else:
+                ours.detach()
+            pair = []
+            for sock in (socket.socket(fileno=number), theirs):
+                sock.setblocking(False)
+                pair.append(TcpConnection.from_socket(sock, local_address="", peer_address=""))
+            successors.append((pair[0], pair[1]))
+
+        class Batch:
+            """An epoll object whose next answer is known."""
+
+            def __init__(self, epoll: select.epoll) -> None:
+                self._epoll = epoll
+
+            def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+                self._epoll.poll(0, most)
+                poller._epoll = self._epoll  # type: ignore[union-attr]
+                everything = (
+                    select.EPOLLIN
+                    | select.EPOLLOUT
+                    | select.EPOLLERR
+                    | select.EPOLLHUP
+                    | select.EPOLLRDHUP
+                )
+                return [(first._sock.fileno(), select.EPOLLIN), (number, everything)]
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(self._epoll, name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first.dispatch, on_message)
+            await settled()
+            poller._epoll = Batch(poller._epoll)  # type: ignore[assignment]
+            first_left.send(b"x")
+            await until(lambda: successors)
+            ((heir, heir_left),) = successors
+            assert heir._sock.fileno() == number
+            await settled()
+            assert heir.close_reason is None
+            for word in (b"one", b"two"):
+                heir_left.send(word)
+                with trio.fail_after(10):
+                    assert await heir.receive_some() == word
+            heir.send(b"back")
+            assert await heir_left.receive_some() == b"back"
+            got: list[bytes] = []
+            nursery.start_soon(heir.dispatch, lambda conn, buffer: got.append(buffer.take()))
+            await settled()
+            heir_left.send(b"three")
+            await until(lambda: got)
+            for conn in (first, first_left, victim_left, heir, heir_left):
+                conn.force_close()
+        assert got == [b"three"]
+        assert current.get() is None
+
+
+async def test_a_wake_up_from_a_burst_of_calls() -> None:
+    """Many calls while it sleeps are all made, and it sleeps again after."""
+    left, right = await unix_pair()
+    poller = current_poller()
+    calls: list[int] = []
+    for _ in range(20):
+        await settled()
+        calls.clear()
+        for n in range(100):
+            poller.call_soon(lambda n=n: calls.append(n))
+        await settled()
+        assert calls == list(range(100))
+    left.force_close()
+    right.force_close()
