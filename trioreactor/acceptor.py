@@ -139,6 +139,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
             errors=MappingProxyType(dict(self._errors)),
         )
 
+    @trio.lowlevel.enable_ki_protection
     async def accept(self) -> trio.SocketStream:
         """Wait for a connection. Cancelling loses none.
 
@@ -153,6 +154,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
                 return stream_around(accepted[0])
             await self.wait_acceptable()
 
+    @trio.lowlevel.enable_ki_protection
     async def wait_acceptable(self) -> None:  # noqa: ASYNC910 one of the two waits, always
         """Wait until `accept_nowait` is worth a try. Errors are those of `accept`."""
         if self._waiter is not None:
@@ -168,6 +170,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
             if self._closed:
                 raise trio.ClosedResourceError("this acceptor was closed")
 
+    @trio.lowlevel.enable_ki_protection
     def accept_nowait(self) -> tuple[stdlib_socket.socket, SocketAddress] | None:
         """A connected non-blocking socket and the peer's address, or None if none can be had now.
 

@@ -135,6 +135,7 @@ class Lifecycle:
 
     # -- closing on purpose
 
+    @trio.lowlevel.enable_ki_protection
     def force_close(self, reason: CloseReason, *, reset: bool) -> None:
         """Close now; drop what is queued; cancel the handler."""
         self.ending.closed_here = True
@@ -180,6 +181,7 @@ class Lifecycle:
             return CloseReason.PEER_RESET
         return CloseReason.PEER_EOF if self.read.eof else CloseReason.LOCAL_CLOSE
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Flush, linger if the peer would lose our last bytes otherwise, close."""
         self.ending.closed_here = True

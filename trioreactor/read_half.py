@@ -37,8 +37,8 @@ OnMessage = Callable[[Any, Buffer], object]
 Args = TypeVarTuple("Args")
 
 
-# A poller's task is protected from KeyboardInterrupt. A user's callback should not be: Ctrl-C
-# has to get out of one that never returns. What it raises is caught like every other error.
+# A poller's task is protected from KeyboardInterrupt, but Ctrl-C has to get out of a callback that
+# never returns. It is caught like every other error.
 @trio.lowlevel.disable_ki_protection
 def _call_user(fn: OnMessage, conn: object, buffer: Buffer) -> None:
     fn(conn, buffer)
@@ -96,8 +96,7 @@ class ReadHalf:
         self.reading = True
         # The peer's EOF has been read.
         self.eof = False
-        # A send met a reset, which took the kernel's note of it: the "EOF" that a read will find
-        # after the data is none.
+        # A send met a reset and took the kernel's note of it: the EOF that a read will find is none.
         self.reset_error: OSError | None = None
         # The task in receive_some or dispatch.
         self._task: trio.lowlevel.Task | None = None
@@ -123,6 +122,7 @@ class ReadHalf:
 
     # -- coroutine mode
 
+    @trio.lowlevel.enable_ki_protection
     async def receive_some(self, max_bytes: int | None) -> bytes:
         """Wait for input and return it: see `TcpConnection.receive_some`."""
         if max_bytes is None:
@@ -187,6 +187,7 @@ class ReadHalf:
 
     # -- dispatch mode
 
+    @trio.lowlevel.enable_ki_protection
     async def dispatch(self, conn: object, on_message: OnMessage) -> None:
         """Call *on_message* for input until EOF or close: see `TcpConnection.dispatch`."""
         self._begin()
@@ -353,6 +354,7 @@ class ReadHalf:
                 return True
         return False
 
+    @trio.lowlevel.enable_ki_protection
     async def wait_readable(self) -> None:
         """Wait for something to `discard`."""
         if self.channel.readable or self.channel.closed:

@@ -32,9 +32,8 @@ class WriteHalf:
     The queue is flushed on the next writable edge, so no task is needed. While corked (a dispatch
     callback runs), sends are gathered and leave together in `uncork`.
 
-    Tasks that wait here (for room, for the low mark, for empty, for the EOF to be sent) share one
-    lot. Every change wakes all of them and each looks for itself, so none can take another's
-    place and closing reaches everybody.
+    Tasks that wait here share one lot. Every change wakes all of them and each looks for itself,
+    so none can take another's place and closing reaches everybody.
     """
 
     __slots__ = (
@@ -110,6 +109,7 @@ class WriteHalf:
 
     # -- sending
 
+    @trio.lowlevel.enable_ki_protection
     def send(self, data: bytes | bytearray | memoryview) -> bool:
         """Take all of *data*, now and in order. True unless congested afterwards."""
         if not self._accepting:
@@ -183,6 +183,7 @@ class WriteHalf:
             self.buffer.append(self.held)
             self.held = None
 
+    @trio.lowlevel.enable_ki_protection
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Queue all of *data*, then wait while congested: see `TcpConnection.send_all`."""
         self._begin()
@@ -230,6 +231,7 @@ class WriteHalf:
         finally:
             self._accepting = self.open
 
+    @trio.lowlevel.enable_ki_protection
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until not congested: see `TcpConnection.wait_send_all_might_not_block`."""
         self._begin()
@@ -293,10 +295,7 @@ class WriteHalf:
             self.flush()
 
     def flush(self) -> None:
-        """Write until the kernel takes no more, nothing is left, or it is others' turn.
-
-        There must be something queued.
-        """
+        """Write what is queued, until the kernel takes no more or it is others' turn."""
         buffer = self.buffer
         for _ in range(_WRITES_PER_TURN):
             chunks = buffer.gather()
@@ -359,6 +358,7 @@ class WriteHalf:
         if not self.eof_sent and not self._failed:
             self._send_eof()
 
+    @trio.lowlevel.enable_ki_protection
     async def send_eof(self) -> None:
         """`end`, and wait until it is done: see `TcpConnection.send_eof`."""
         if self._sending:

@@ -1,0 +1,78 @@
+"""Ctrl-C at the worst moment is a KeyboardInterrupt, not a broken run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.conftest import tcp_streams
+from trioreactor import Callbacks, TcpConnection, TcpServer
+
+
+async def receive(conn: TcpConnection) -> None:
+    """Parks in receive_some."""
+    await conn.receive_some()
+
+
+@pytest.mark.parametrize("handler", [receive, Callbacks(message=lambda conn, buffer: None)])
+def test_just_before_a_task_parks(
+    handler: Callable[[TcpConnection], Awaitable[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between noting the task and parking it, the interrupt waits for a checkpoint."""
+    real = trio.lowlevel.wait_task_rescheduled
+    raised = 0
+
+    async def interrupted(abort: Any) -> Any:
+        nonlocal raised
+        if trio.lowlevel.current_task().name.startswith("server-"):
+            raised += 1
+            signal.raise_signal(signal.SIGINT)
+        return await real(abort)
+
+    async def main() -> None:
+        server = TcpServer(handler, 0, host="127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            (acceptor,) = await nursery.start(server.serve)
+            monkeypatch.setattr(trio.lowlevel, "wait_task_rescheduled", interrupted)
+            async with await trio.testing.open_stream_to_socket_listener(acceptor):
+                await trio.sleep(10)
+
+    with pytest.raises(BaseException) as caught:
+        trio.run(main)
+    monkeypatch.undo()
+    error: BaseException = caught.value
+    while isinstance(error, BaseExceptionGroup):
+        (error,) = error.exceptions
+    assert isinstance(error, KeyboardInterrupt)
+    assert raised == 1
+
+
+def test_inside_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel has taken is counted, though the interrupt came right after it did."""
+
+    async def main() -> None:
+        left, right = await tcp_streams()
+        conn = TcpConnection(left)
+        real = conn._sock.send
+
+        def send(data: bytes) -> int:
+            sent = real(data)
+            signal.raise_signal(signal.SIGINT)
+            return sent
+
+        conn._write._sock = type("Sock", (), {"send": staticmethod(send)})()
+        try:
+            conn.send(b"hello")
+            assert conn.statistics().bytes_sent == 5
+            assert await right.receive_some() == b"hello"
+        finally:
+            conn.force_close()
+            await trio.aclose_forcefully(right)
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
