@@ -99,7 +99,7 @@ async def test_looking_at_the_stream_of_an_accepted_socket() -> None:
 
 
 async def test_options_and_info() -> None:
-    """set_no_delay, setsockopt, getsockopt and tcp_info reach the socket; Unix sockets have none."""
+    """set_no_delay, setsockopt, getsockopt and tcp_info reach the socket, if it is a TCP one."""
     left, right = await tcp_pair()
     left.set_no_delay(False)
     assert left.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 0

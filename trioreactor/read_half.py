@@ -96,7 +96,7 @@ class ReadHalf:
         self.reading = True
         # The peer's EOF has been read.
         self.eof = False
-        # A send met a reset and took the kernel's note of it: the EOF that a read will find is none.
+        # A send met a reset and took the kernel's note of it: the EOF to be read next is none.
         self.reset_error: OSError | None = None
         # The task in receive_some or dispatch.
         self._task: trio.lowlevel.Task | None = None
@@ -394,7 +394,7 @@ class ReadHalf:
             self.eof = True
 
     def has_unread(self) -> bool:
-        """Whether there is input that nobody has read. False at EOF and on a broken socket."""
+        """Whether there is input nobody has read. False at EOF and on a broken socket."""
         try:
             return bool(self.buffer.size or self._sock.recv(1, socket.MSG_PEEK))
         except OSError:

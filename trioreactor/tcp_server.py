@@ -79,7 +79,6 @@ class TcpServer:
         self._started = False
         # No more connections are wanted: close, drain, or the end of serve.
         self._ending = False
-        self._draining = False
         # Unset while `stop_accepting` holds.
         self._may_accept = trio.Event()
         self._may_accept.set()
@@ -218,8 +217,6 @@ class TcpServer:
         conn.handler_scope = trio.CancelScope()
         self._connections[conn.name] = conn
         self._counters.opened += 1
-        if self._draining:
-            conn.draining.set()
         try:
             if isinstance(self._nursery, trio.Nursery):
                 self._nursery.start_soon(self._run, conn, name=conn.name)
@@ -310,7 +307,6 @@ class TcpServer:
         if not grace >= 0:
             raise ValueError(f"drain({grace!r}): pass at least 0 seconds")
         begun = trio.current_time()
-        self._draining = True
         if not self._ending:
             for acceptor in self._acceptors:
                 self._accept(acceptor, _LAST_CALL)
