@@ -37,8 +37,7 @@ OnMessage = Callable[[Any, Buffer], object]
 Args = TypeVarTuple("Args")
 
 
-# A poller's task is protected from KeyboardInterrupt, but Ctrl-C has to get out of a callback that
-# never returns. It is caught like every other error.
+# Ctrl-C has to get out of a callback that never returns; it is caught like every other error.
 @trio.lowlevel.disable_ki_protection
 def _call_user(fn: OnMessage, conn: object, buffer: Buffer) -> None:
     fn(conn, buffer)

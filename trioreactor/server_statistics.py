@@ -43,7 +43,7 @@ class DrainReport:
     """How a drain went."""
 
     finished: int
-    """Connections that ended by themselves within the grace."""
+    """Connections that ended within the grace."""
     forced: tuple[str, ...]
     """Names of those that were closed because the grace was over."""
     stuck: tuple[str, ...]

@@ -298,7 +298,8 @@ class TcpServer:
     async def drain(self, grace: float) -> DrainReport:
         """Stop accepting, let the connections finish, and close what has not after *grace* seconds.
 
-        Those that wait in the backlog are still taken, for to their clients they are connected.
+        Those that wait in the backlog are still taken, as far as the limits let them in, for to
+        their clients they are connected.
         Every connection's `draining` event is set. When the grace is over, the rest is closed
         with `CloseReason.DRAIN_TIMEOUT`, and their handlers are cancelled and given
         `Timeouts.linger` seconds to unwind. `serve` returns once all have ended. Cancelling leaves
