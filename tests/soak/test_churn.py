@@ -7,7 +7,7 @@ import pytest
 from tests.soak.child import running
 from tests.soak.conftest import Figure
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(120)]
 
 CONNECTIONS = 5000
 RESETS = CONNECTIONS // 4

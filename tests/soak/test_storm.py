@@ -10,7 +10,7 @@ import pytest
 from tests.soak.child import Child, running
 from tests.soak.conftest import Figure
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(60)]
 
 CONNECTIONS = 5000
 STORMS = 5
