@@ -101,12 +101,13 @@ class Swarm:
             not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for sock in self._sockets
         )
 
-    def echo(self, size: int) -> int:
-        """Each sends *size* bytes and gets them back. How many bytes came."""
+    def echo(self, size: int, newest: int = 0) -> int:
+        """All, or so many of the *newest*, send *size* bytes and get them back. How many came."""
         data = bytes(size)
-        for sock in self._sockets:
+        sockets = self._sockets[-newest:]
+        for sock in sockets:
             sock.sendall(data)
-        return sum(len(sock.recv(size, socket.MSG_WAITALL)) for sock in self._sockets)
+        return sum(len(sock.recv(size, socket.MSG_WAITALL)) for sock in sockets)
 
     def close(self, resets: int) -> None:
         """Close all, the first *resets* with RST."""
