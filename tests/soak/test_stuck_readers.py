@@ -64,7 +64,7 @@ def serving(stuck: int, healthy: int) -> Iterator[tuple[Child, Child, int]]:
 @pytest.mark.parametrize("way", ["broadcast", "flood"])
 def test_memory(way: str, figure: Figure) -> None:
     """Promise M for a server that heeds nothing: at most the limit for each stuck reader, and when
-    it is reached they are closed as slow consumers; the memory serves the next ones.
+    it is reached they are closed as slow consumers.
 
     A broadcast's messages are one for all, a flood's are each connection's own.
     """
