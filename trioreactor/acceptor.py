@@ -163,8 +163,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
         if channel.readable and not self._paused:
             await trio.lowlevel.checkpoint()
         while not channel.readable or self._paused:
-            if not channel.read_armed:
-                channel.want_read()
+            channel.want_read()
             self._waiter = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort)
             if self._closed:

@@ -280,7 +280,7 @@ class ReadHalf:
         channel = self.channel
         if channel.readable:
             channel.read_again()
-        elif not channel.read_armed:
+        else:
             channel.want_read()
         self._deliver(on_message)
         if self.eof:
@@ -326,7 +326,7 @@ class ReadHalf:
         self._owed = self._on_message is not None and self.buffer.size > 0
         if channel.readable or self._owed:
             channel.read_again()
-        elif not channel.read_armed:
+        else:
             channel.want_read()
 
     def discard(self) -> bool:
@@ -359,8 +359,7 @@ class ReadHalf:
         if self.channel.readable or self.channel.closed:
             await trio.lowlevel.checkpoint()
             return
-        if not self.channel.read_armed:
-            self.channel.want_read()
+        self.channel.want_read()
         self._task = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(self._abort)
 

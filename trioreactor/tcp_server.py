@@ -143,9 +143,7 @@ class TcpServer:
         except BaseExceptionGroup as group:
             raise _lone(group) from None
         finally:
-            self._ending = True
-            for acceptor in self._acceptors:
-                acceptor.close()
+            self._stop_listening()
             with trio.CancelScope(shield=True):
                 for acceptor in self._acceptors:
                     await acceptor.aclose()
