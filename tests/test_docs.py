@@ -33,7 +33,6 @@ import trio
 
 import trioreactor
 from tests.test_layering import LAYERS
-from trioreactor.state import state_diagram
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -345,11 +344,6 @@ def test_numbers_name_their_command() -> None:
 
 
 # -- the design
-
-
-def test_state_diagram() -> None:
-    """The design's state diagram is the transition table's."""
-    assert blocks(DESIGN.read_text(), "mermaid") == [state_diagram() + "\n"]
 
 
 def test_layers() -> None:

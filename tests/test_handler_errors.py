@@ -36,7 +36,7 @@ async def broken_pair() -> tuple[TcpConnection, TcpConnection]:
     [
         (OWN, CloseReason.HANDLER_ERROR, "ERROR"),
         (PROTOCOL, CloseReason.PROTOCOL_ERROR, "WARNING"),
-        (ReceiveBufferFull("too much"), CloseReason.PROTOCOL_ERROR, "WARNING"),
+        (ReceiveBufferFull(2, 1), CloseReason.PROTOCOL_ERROR, "WARNING"),
         (ExceptionGroup("", [PROTOCOL, PROTOCOL]), CloseReason.PROTOCOL_ERROR, "WARNING"),
         (ExceptionGroup("", [PROTOCOL, OWN]), CloseReason.HANDLER_ERROR, "ERROR"),
         # Of another connection or file that the handler used: this one is open and well.

@@ -17,7 +17,18 @@ PACKAGE = Path(trioreactor.__file__).parent
 LAYERS: list[tuple[str, set[str]]] = [
     (
         "pure",
-        {"address", "buffer", "errors", "options", "send_buffer", "state", "timer_queue"},
+        {
+            "address",
+            "backoff",
+            "buffer",
+            "endpoints",
+            "errors",
+            "exception_groups",
+            "options",
+            "send_buffer",
+            "state",
+            "timer_queue",
+        },
     ),
     (
         "edge of the system",
@@ -36,9 +47,12 @@ LAYERS: list[tuple[str, set[str]]] = [
         {
             "acceptor",
             "connection_callbacks",
+            "connection_counters",
             "connection_statistics",
+            "connector",
             "ending",
             "half_owner",
+            "happy_eyeballs",
             "handler_errors",
             "lifecycle",
             "limits",
@@ -50,7 +64,10 @@ LAYERS: list[tuple[str, set[str]]] = [
             "write_half",
         },
     ),
-    ("assemblies", {"callbacks", "server_statistics", "tcp_server"}),
+    (
+        "assemblies",
+        {"callbacks", "client_statistics", "server_statistics", "tcp_client", "tcp_server"},
+    ),
     (
         "around it",
         {

@@ -13,7 +13,13 @@ import pytest
 import trioreactor
 from tests.conftest import tcp_pair
 from trioreactor import CloseReason, ConnectionState, IllegalStateTransition
-from trioreactor.state import TRANSITIONS, check_transition, state_diagram
+from trioreactor.state import (
+    CONNECTOR_TRANSITIONS,
+    TRANSITIONS,
+    ConnectorState,
+    check_transition,
+    state_diagram,
+)
 
 CONNECTING = ConnectionState.CONNECTING
 CONNECTED = ConnectionState.CONNECTED
@@ -33,18 +39,18 @@ LEGAL = {
 def test_every_move(old: ConnectionState, new: ConnectionState) -> None:
     """Of the sixteen moves exactly five are legal: forwards, and never to where one is."""
     if (old, new) in LEGAL:
-        check_transition(old, new)
+        check_transition(TRANSITIONS, old, new)
     else:
         with pytest.raises(IllegalStateTransition, match=f"{old.name} can become .*{new.name}"):
-            check_transition(old, new)
+            check_transition(TRANSITIONS, old, new)
 
 
 def test_an_error_names_what_would_be_legal() -> None:
     """The text of an illegal move says which moves there are."""
     with pytest.raises(IllegalStateTransition, match="DISCONNECTED can become nothing, not"):
-        check_transition(DISCONNECTED, CONNECTED)
+        check_transition(TRANSITIONS, DISCONNECTED, CONNECTED)
     with pytest.raises(IllegalStateTransition, match="become DISCONNECTED, DISCONNECTING, not"):
-        check_transition(CONNECTED, CONNECTING)
+        check_transition(TRANSITIONS, CONNECTED, CONNECTING)
 
 
 def test_the_table_cannot_be_changed() -> None:
@@ -126,7 +132,7 @@ def test_close_reasons() -> None:
 
 def test_the_diagram_is_the_table() -> None:
     """The diagram has one arrow for each legal move, no other, and says where it begins."""
-    lines = state_diagram().splitlines()
+    lines = state_diagram(TRANSITIONS, starts=[CONNECTING, CONNECTED]).splitlines()
     assert lines[0] == "stateDiagram-v2"
     arrows = set()
     for line in lines[1:]:
@@ -146,4 +152,7 @@ def test_the_documentation_shows_the_table() -> None:
     document = Path(__file__).parents[1] / "docs" / "design.md"
     text = document.read_text(encoding="utf-8")
     blocks = re.findall(r"^```mermaid\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
-    assert [block for block in blocks if block.startswith("stateDiagram")] == [state_diagram()]
+    assert [block for block in blocks if block.startswith("stateDiagram")] == [
+        state_diagram(TRANSITIONS, starts=[CONNECTING, CONNECTED]),
+        state_diagram(CONNECTOR_TRANSITIONS, starts=[ConnectorState.IDLE]),
+    ]

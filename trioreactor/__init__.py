@@ -2,11 +2,17 @@
 
 from trioreactor.acceptor import Acceptor, AcceptorStatistics
 from trioreactor.address import SocketAddress, format_address
+from trioreactor.backoff import Backoff
 from trioreactor.buffer import Buffer
 from trioreactor.callbacks import Callbacks
+from trioreactor.client_statistics import ClientStatistics
 from trioreactor.connection_statistics import ConnectionStatistics
+from trioreactor.connector import Connector, ConnectorStatistics, open_tcp_connection
+from trioreactor.endpoints import ConnectAttempt, Endpoint
 from trioreactor.errors import (
+    ConnectError,
     IllegalStateTransition,
+    NotConnected,
     ProtocolError,
     ReceiveBufferFull,
     SendBufferFull,
@@ -17,7 +23,8 @@ from trioreactor.listen import open_tcp_acceptors, open_unix_acceptor
 from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.sockets import TcpInfo
-from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.state import CloseReason, ConnectionState, ConnectorState
+from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 
@@ -30,6 +37,16 @@ __all__ = [
     "Callbacks",
     "DrainReport",
     "ServerStatistics",
+    # clients
+    "TcpClient",
+    "ClientStatistics",
+    "open_tcp_connection",
+    "Connector",
+    "ConnectorState",
+    "ConnectorStatistics",
+    "ConnectAttempt",
+    "Endpoint",
+    "Backoff",
     # connections
     "TcpConnection",
     "ConnectionStatistics",
@@ -55,6 +72,8 @@ __all__ = [
     "format_address",
     # errors
     "TrioReactorError",
+    "ConnectError",
+    "NotConnected",
     "SendBufferFull",
     "ProtocolError",
     "ReceiveBufferFull",

@@ -15,8 +15,8 @@ from types import MappingProxyType
 import trio
 
 from trioreactor.buffer import Buffer
+from trioreactor.connection_callbacks import Handler
 from trioreactor.tcp_connection import TcpConnection
-from trioreactor.tcp_server import Handler
 
 # RFC 864: the 95 printable ASCII characters, in lines of 72, each line begun one character later.
 # After 95 lines it is back where it was, so those are the whole stream.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVarTuple
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVarTuple, cast
 
 import trio
 
@@ -12,12 +12,15 @@ from trioreactor.state import ConnectionState
 
 if TYPE_CHECKING:
     from trioreactor.buffer import Buffer
+    from trioreactor.lifecycle import Lifecycle
     from trioreactor.poller import Poller
     from trioreactor.read_half import ReadHalf
     from trioreactor.tcp_connection import TcpConnection
+    from trioreactor.write_half import WriteHalf
 
 Args = TypeVarTuple("Args")
 
+Handler = Callable[["TcpConnection"], Awaitable[object]]
 MessageCallback = Callable[["TcpConnection", "Buffer"], object]
 WriteCompleteCallback = Callable[["TcpConnection"], object]
 WaterMarkCallback = Callable[["TcpConnection", int], object]
@@ -88,3 +91,54 @@ class ConnectionCallbacks:
     def _failed(self, error: BaseException) -> None:
         if not self._read.callback_failed(error):
             close_and_log(self._conn, error)
+
+
+class CallbackAttributes:
+    """A connection's write-side callbacks, as its attributes: they may be set at any time."""
+
+    __slots__ = ()
+
+    _life: Lifecycle
+    _write: WriteHalf
+
+    @property
+    def write_complete_callback(self) -> WriteCompleteCallback | None:
+        """Called with the connection when the send buffer has become empty after a send, also
+        when it never filled. Never inside `send`, never recursively.
+        """
+        return self._life.callbacks.write_complete if self._life.callbacks else None
+
+    @write_complete_callback.setter
+    def write_complete_callback(self, fn: WriteCompleteCallback | None) -> None:
+        self._own_callbacks().write_complete = fn
+        self._write.notify_complete = fn is not None
+
+    @property
+    def high_water_mark_callback(self) -> WaterMarkCallback | None:
+        """Called with the connection and the buffer's size, once for each time that it rises
+        above the high-water mark.
+        """
+        return self._life.callbacks.high_water_mark if self._life.callbacks else None
+
+    @high_water_mark_callback.setter
+    def high_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
+        self._own_callbacks().high_water_mark = fn
+
+    @property
+    def low_water_mark_callback(self) -> WaterMarkCallback | None:
+        """Called with the connection and the buffer's size, once for each time that it sinks to
+        the low-water mark after having been above the high one.
+        """
+        return self._life.callbacks.low_water_mark if self._life.callbacks else None
+
+    @low_water_mark_callback.setter
+    def low_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
+        self._own_callbacks().low_water_mark = fn
+
+    def _own_callbacks(self) -> ConnectionCallbacks:
+        life = self._life
+        if life.callbacks is None:
+            life.callbacks = ConnectionCallbacks(
+                cast("TcpConnection", self), life.read, life.poller
+            )
+        return life.callbacks

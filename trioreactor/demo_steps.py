@@ -14,13 +14,14 @@ from functools import partial
 import trio
 
 from trioreactor.classic import SERVICES
+from trioreactor.connection_callbacks import Handler
 from trioreactor.demo_exhaustion import exhaustion
 from trioreactor.demo_load import CONNECTIONS, MESSAGE_SIZE, make_load
 from trioreactor.demo_report import Report, Step, count, resident_memory
 from trioreactor.options import SocketOptions, Watermarks
 from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import TcpConnection
-from trioreactor.tcp_server import Handler, TcpServer
+from trioreactor.tcp_server import TcpServer
 
 _HOST = "127.0.0.1"
 _MIB = 2**20

@@ -7,7 +7,14 @@ on one end).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trioreactor.endpoints import ConnectAttempt
 
 
 class TrioReactorError(Exception):
@@ -19,6 +26,28 @@ class IllegalStateTransition(TrioReactorError, RuntimeError):
 
     Nothing has changed when this is raised. It is a bug in whoever asked.
     """
+
+
+class ConnectError(TrioReactorError, OSError):
+    """No connection could be made, and no further attempt follows.
+
+    Its `__cause__` is the last attempt's error, and its `errno` is that one's if it has one.
+    """
+
+    attempts: Sequence[ConnectAttempt]
+    """The attempts that failed, oldest first: the last ones, if they were very many."""
+
+    def __init__(self, text: str, attempts: Sequence[ConnectAttempt]) -> None:
+        self.attempts = tuple(attempts)
+        last = attempts[-1].error if attempts else None
+        super().__init__(text)
+        if isinstance(last, OSError):
+            self.errno = last.errno
+        self.__cause__ = last
+
+
+class NotConnected(TrioReactorError, trio.BrokenResourceError):
+    """A client that reconnects has no connection at the moment. Nothing was sent."""
 
 
 class SendBufferFull(TrioReactorError, trio.BrokenResourceError):
@@ -39,3 +68,9 @@ class ReceiveBufferFull(ProtocolError):
     Raised out of `TcpConnection.dispatch`. A callback that wants to wait on purpose calls
     `stop_reading()`, and then this is not raised.
     """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"on_message left {size} bytes unconsumed, and receive_limit is {limit}: raise "
+            "Watermarks(receive_limit=...), or call stop_reading() to wait on purpose"
+        )

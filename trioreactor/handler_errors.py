@@ -25,7 +25,9 @@ def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
     return CloseReason.HANDLER_ERROR
 
 
-def close_and_log(conn: TcpConnection, error: BaseException) -> None:
+def close_and_log(
+    conn: TcpConnection, error: BaseException, logger: logging.Logger = logger
+) -> None:
     """Close *conn*, whose handler raised *error*, and log that once, as loudly as it deserves."""
     reason = reason_for(conn, error)
     if is_consequence(conn, error):
@@ -35,6 +37,11 @@ def close_and_log(conn: TcpConnection, error: BaseException) -> None:
     else:
         logger.error("%s: the handler raised", conn.name, exc_info=error)
     conn.force_close(reason)
+
+
+def is_peers_doing(conn: TcpConnection, error: BaseException) -> bool:
+    """Whether *error* says no more than that the peer went, or broke the protocol."""
+    return is_consequence(conn, error) or not _others(error, ProtocolError)
 
 
 def is_consequence(conn: TcpConnection, error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from trioreactor.ending import Ending
 from trioreactor.linger import LingerWatch
 from trioreactor.read_half import ReadHalf
 from trioreactor.sockets import broken, reset_on_close
-from trioreactor.state import CloseReason, ConnectionState, check_transition
+from trioreactor.state import TRANSITIONS, CloseReason, ConnectionState, check_transition
 from trioreactor.write_half import WriteHalf
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Lifecycle:
     __slots__ = (
         "_aclosing",
         "_closed",
+        "_eof",
         "_force_timer",
         "_is_twin",
         "_linger",
@@ -74,6 +75,8 @@ class Lifecycle:
         # Made when they are first needed: most connections need none of them.
         self.callbacks: ConnectionCallbacks | None = None
         self._closed: trio.Event | None = None
+        # For those who wait for the peer's EOF, or the end, without reading.
+        self._eof: trio.Event | None = None
         self._linger: LingerWatch | None = None
         self._force_timer: Timer | None = None
         self._linger_seconds = timeouts.linger
@@ -90,7 +93,7 @@ class Lifecycle:
 
     def _become(self, state: ConnectionState) -> None:
         """The only setter of the state."""
-        check_transition(self.state, state)
+        check_transition(TRANSITIONS, self.state, state)
         logger.debug("%s: %s -> %s", self.ending.name, self.state.name, state.name)
         self.state = state
 
@@ -123,6 +126,7 @@ class Lifecycle:
         self.read.close(self.ending.error() if self.ending.broken else None)
         if self._closed is not None:
             self._closed.set()
+        self.on_eof()
 
     async def wait_closed(self) -> None:
         """Wait until the descriptor is closed."""
@@ -132,6 +136,17 @@ class Lifecycle:
         if self._closed is None:
             self._closed = trio.Event()
         await self._closed.wait()
+
+    @trio.lowlevel.enable_ki_protection
+    async def wait_eof(self) -> None:
+        """Wait until the peer's EOF is next to be read, or the connection ends."""
+        if self._eof is None:
+            self._eof = trio.Event()
+        if self.read.eof or self._aclosing or self.state is ConnectionState.DISCONNECTED:
+            self._eof.set()
+        else:
+            self.read.watch_for_end()
+        await self._eof.wait()
 
     # -- closing on purpose
 
@@ -190,6 +205,7 @@ class Lifecycle:
                 await self.wait_closed()
             elif self.state is not ConnectionState.DISCONNECTED:
                 self._aclosing = True
+                self.on_eof()
                 # Before we change anything, or our own act would change the reason.
                 reason = self._natural_reason()
                 self.write.start_closing()
@@ -238,6 +254,11 @@ class Lifecycle:
         if self.ending.broken is None:
             self.ending.broken = broken(error)
         self.close(CloseReason.PEER_RESET)
+
+    def on_eof(self) -> None:
+        """The peer's EOF was read, or is next to be."""
+        if self._eof is not None:
+            self._eof.set()
 
     def on_send_failed(self, error: OSError) -> None:
         """A write found the connection broken. What came before the break may still be unread."""

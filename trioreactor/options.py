@@ -17,7 +17,7 @@ _KEEPALIVE_SECONDS_MAX = 32767
 _KEEPALIVE_COUNT_MAX = 127
 
 
-def _check_count(
+def check_count(
     owner: str, name: str, value: object, *, least: int, unit: str, most: int | None = None
 ) -> None:
     """Raise unless *value* is None or a whole number from *least* to *most*."""
@@ -31,7 +31,7 @@ def _check_count(
         raise ValueError(f"{owner}({name}={value!r}): pass at most {most} {unit}")
 
 
-def _check_seconds(owner: str, name: str, value: object, *, zero: bool = False) -> None:
+def check_seconds(owner: str, name: str, value: object, *, zero: bool = False) -> None:
     """Raise unless *value* is None or a finite, positive number (or zero, where that is one)."""
     if value is None:
         return
@@ -66,10 +66,10 @@ class Watermarks:
 
     def __post_init__(self) -> None:
         _check_present("Watermarks", high=self.high, low=self.low)
-        _check_count("Watermarks", "high", self.high, least=1, unit="bytes")
-        _check_count("Watermarks", "low", self.low, least=0, unit="bytes")
-        _check_count("Watermarks", "limit", self.limit, least=1024, unit="bytes")
-        _check_count("Watermarks", "receive_limit", self.receive_limit, least=1, unit="bytes")
+        check_count("Watermarks", "high", self.high, least=1, unit="bytes")
+        check_count("Watermarks", "low", self.low, least=0, unit="bytes")
+        check_count("Watermarks", "limit", self.limit, least=1024, unit="bytes")
+        check_count("Watermarks", "receive_limit", self.receive_limit, least=1, unit="bytes")
         if self.low >= self.high:
             raise ValueError(
                 f"Watermarks(low={self.low}, high={self.high}): pass a low mark below the high "
@@ -95,8 +95,8 @@ class Timeouts:
     (2 s: many round trips, few enough to hold a descriptor)"""
 
     def __post_init__(self) -> None:
-        _check_seconds("Timeouts", "write_stall", self.write_stall)
-        _check_seconds("Timeouts", "linger", self.linger, zero=True)
+        check_seconds("Timeouts", "write_stall", self.write_stall)
+        check_seconds("Timeouts", "linger", self.linger, zero=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,10 +114,10 @@ class Keepalive:
     def __post_init__(self) -> None:
         _check_present("Keepalive", idle=self.idle, interval=self.interval, count=self.count)
         most = _KEEPALIVE_SECONDS_MAX
-        _check_count("Keepalive", "idle", self.idle, least=1, most=most, unit="seconds")
-        _check_count("Keepalive", "interval", self.interval, least=1, most=most, unit="seconds")
+        check_count("Keepalive", "idle", self.idle, least=1, most=most, unit="seconds")
+        check_count("Keepalive", "interval", self.interval, least=1, most=most, unit="seconds")
         most = _KEEPALIVE_COUNT_MAX
-        _check_count("Keepalive", "count", self.count, least=1, most=most, unit="probes")
+        check_count("Keepalive", "count", self.count, least=1, most=most, unit="probes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +150,7 @@ class SocketOptions:
                 f"SocketOptions(keepalive={self.keepalive!r}): pass True, False or "
                 "Keepalive(idle=..., interval=..., count=...)"
             )
-        _check_seconds("SocketOptions", "user_timeout", self.user_timeout)
+        check_seconds("SocketOptions", "user_timeout", self.user_timeout)
         if self.user_timeout is not None and self.user_timeout * 1000 > _INT_MAX:
             raise ValueError(
                 f"SocketOptions(user_timeout={self.user_timeout!r}): pass at most "
@@ -162,7 +162,7 @@ class SocketOptions:
             ("backlog", "connections"),
         ):
             value = getattr(self, name)
-            _check_count("SocketOptions", name, value, least=1, most=_INT_MAX, unit=unit)
+            check_count("SocketOptions", name, value, least=1, most=_INT_MAX, unit=unit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +181,8 @@ class Limits:
     and close them, so that they know ("reject")."""
 
     def __post_init__(self) -> None:
-        _check_count("Limits", "connections", self.connections, least=1, unit="connections")
-        _check_count("Limits", "per_peer", self.per_peer, least=1, unit="connections")
+        check_count("Limits", "connections", self.connections, least=1, unit="connections")
+        check_count("Limits", "per_peer", self.per_peer, least=1, unit="connections")
         rate = self.accept_rate
         if rate is not None:
             if isinstance(rate, bool) or not isinstance(rate, (int, float)):

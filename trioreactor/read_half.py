@@ -1,15 +1,13 @@
 """ReadHalf: a connection's way in, in both modes.
 
-In coroutine mode it reads lazily: unread data stays in the kernel, so the peer feels that nobody
-takes it. In dispatch mode it reads in the poller and calls the user's function there.
+Coroutine mode reads lazily: unread data stays in the kernel, so the peer feels it. Dispatch mode
+reads in the poller and calls the user's function there.
 """
 
 from __future__ import annotations
 
 import contextvars
 import operator
-import os
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVarTuple
 
@@ -18,7 +16,7 @@ import trio
 from trioreactor.buffer import Buffer
 from trioreactor.errors import ReceiveBufferFull
 from trioreactor.half_owner import GONE
-from trioreactor.sockets import broken
+from trioreactor.sockets import broken, peek, pending_error
 
 if TYPE_CHECKING:
     from trioreactor.channel import Channel
@@ -59,6 +57,7 @@ class ReadHalf:
         "_receive_size",
         "_sock",
         "_task",
+        "_watching",
         "_write",
         "buffer",
         "bytes_received",
@@ -105,9 +104,9 @@ class ReadHalf:
         self._context = _NO_CONTEXT
         # The callback is to be called for what an earlier call left, whatever comes.
         self._owed = False
-        # What dispatch has to raise.
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # what dispatch has to raise
         self._closed = False
+        self._watching = False  # somebody wants to hear of the EOF without reading
 
     @property
     def busy(self) -> bool:
@@ -176,6 +175,8 @@ class ReadHalf:
             self._see_eof()
             if self._closed:
                 raise self._ending.error()
+        elif self._watching:
+            self._keep_watching()
         self.bytes_received += n
         return data
 
@@ -216,8 +217,8 @@ class ReadHalf:
         if on_message is None or not self.reading:
             if self.busy:
                 self._wake()
-            elif channel.failed:
-                self._look_for_reset()
+            elif channel.failed or self._watching:
+                self._look_for_end()
             return
         size = self._receive_size
         buffer = self.buffer
@@ -266,13 +267,7 @@ class ReadHalf:
 
     def _check_limit(self, limit: int) -> None:
         if self.buffer.size >= limit and self.reading and self._on_message is not None:
-            self._finish(
-                ReceiveBufferFull(
-                    f"on_message left {self.buffer.size} bytes unconsumed, and receive_limit is "
-                    f"{limit}: raise Watermarks(receive_limit=...), or call stop_reading() to "
-                    "wait on purpose"
-                )
-            )
+            self._finish(ReceiveBufferFull(self.buffer.size, limit))
 
     def _deliver_left_over(self, on_message: OnMessage) -> None:
         """Call again for what an earlier call left: reading starts again, or there was no room."""
@@ -338,17 +333,10 @@ class ReadHalf:
         self.buffer = Buffer()
         while not self.eof:
             try:
-                data = self._sock.recv(RECEIVE_SIZE)
-            except BlockingIOError:
-                self.channel.readable = False
-                return True
-            except OSError as error:
-                self._owner.on_receive_failed(error)
+                data = self._receive(RECEIVE_SIZE)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return False
-            self.bytes_received += len(data)
-            if not data:
-                self._see_eof()
-            elif len(data) == RECEIVE_SIZE:
+            if data is None or len(data) == RECEIVE_SIZE:
                 # More than one read is for later: a peer that floods must not keep us here.
                 return True
         return False
@@ -390,30 +378,43 @@ class ReadHalf:
             self._owner.on_receive_failed(self.reset_error)
         else:
             self.eof = True
+            self._owner.on_eof()
 
     def has_unread(self) -> bool:
         """Whether there is input nobody has read. False at EOF and on a broken socket."""
         try:
-            return bool(self.buffer.size or self._sock.recv(1, socket.MSG_PEEK))
+            return bool(self.buffer.size or peek(self._sock))
         except OSError:
             return False
 
-    def _look_for_reset(self) -> None:
-        """Nobody reads and the poller saw an error: close, unless something would be lost."""
+    def watch_for_end(self) -> None:
+        """From now on tell the owner of the EOF as soon as it is next to be read."""
+        self._watching = True
+        if not self.busy:
+            self._keep_watching()
+            self._look_for_end()
+
+    def _keep_watching(self) -> None:
+        self.channel.want_read()
+        if self.channel.hangup:
+            # The end was announced behind what has just been read.
+            self.channel.read_again()
+
+    def _look_for_end(self) -> None:
+        """Nobody reads, and the poller saw something that may be the end."""
         try:
-            # Asking takes the kernel's note of the error, if nothing is unread before it.
-            unread = self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            # The event was meant for a former owner of this descriptor.
-            self.channel.failed = False
-            return
+            unread = peek(self._sock)
         except OSError as error:
             self._owner.on_receive_failed(error)
             return
-        if unread and self._on_message is None:
-            # What came before the reset can still be read; then the error is found.
-            return
-        # A dispatch is paused until better times: it must hear that none will come.
-        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            self._owner.on_receive_failed(OSError(number, os.strerror(number)))
+        if unread is None:
+            # Or the event was meant for a former owner of this descriptor.
+            self.channel.failed = False
+        elif self.channel.failed and (self._on_message is not None or not unread):
+            # A dispatch that is paused until better times must hear that none will come. Where
+            # there is none, what came before the reset can still be read.
+            pending = pending_error(self._sock)
+            if pending is not None:
+                self._owner.on_receive_failed(pending)
+        elif self._watching and not unread and not self.buffer.size:
+            self._see_eof()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import socket
 import struct
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import trio
 
+from trioreactor.exception_groups import members
 from trioreactor.options import Keepalive, SocketOptions
 
 if TYPE_CHECKING:
@@ -59,6 +61,39 @@ ACCEPT_MEMORY_ERRNOS = _errnos("ENOBUFS", "ENOMEM")
 # What is left is a mistake in the listening socket itself (EBADF, EINVAL, ENOTSOCK, EFAULT): it
 # cannot pass, so it surfaces.
 
+# connect(2), and socket(2) and bind(2) before it: what another attempt would meet again. Everything
+# else can pass: the server is started, the route comes back, a port or a descriptor comes free.
+CONNECT_FINAL_ERRNOS = _errnos(
+    "EACCES",  # not allowed: a Unix socket's mode, a broadcast address, a security module
+    "EPERM",  # a firewall rule of this machine forbids it
+    "EAFNOSUPPORT",  # this machine does not have the address family
+    "EPROTONOSUPPORT",  # nor the protocol
+    "EPROTOTYPE",  # the Unix socket there is of another type
+    "EINVAL",  # an address that can be nobody's, such as a link-local one without its link
+    "ENOTSOCK",  # the path is an ordinary file's (BSD; Linux says ECONNREFUSED)
+    "ENAMETOOLONG",  # the path is too long
+)
+
+# getaddrinfo(3): the question itself is wrong. A name that is unknown may be known later, and a
+# server that fails may answer.
+RESOLVE_FINAL_ERRNOS = frozenset(
+    getattr(socket, name)
+    for name in ("EAI_BADFLAGS", "EAI_FAMILY", "EAI_SERVICE", "EAI_SOCKTYPE")
+    if hasattr(socket, name)
+)
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether another attempt to connect may succeed where this one met *error*.
+
+    Of a group, one is enough: the addresses of a host fail each in its own way.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(can_pass, members(error)))
+    if isinstance(error, socket.gaierror):
+        return error.errno not in RESOLVE_FINAL_ERRNOS
+    return isinstance(error, OSError) and error.errno not in CONNECT_FINAL_ERRNOS
+
 
 class ConnectedSocket(Protocol):
     """The calls the library makes on a connected, non-blocking socket: the seam for simulation."""
@@ -87,14 +122,16 @@ def stdlib_twin(sock: trio.socket.SocketType) -> socket.socket:
     return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
 
 
-def stream_around(sock: socket.socket) -> trio.SocketStream:
+def stream_around(sock: socket.socket | trio.socket.SocketType) -> trio.SocketStream:
     """A trio stream on *sock*, with the options as they were: trio itself would set two."""
     before = [
         (option, sock.getsockopt(socket.IPPROTO_TCP, option))
         for option in (socket.TCP_NODELAY, getattr(socket, "TCP_NOTSENT_LOWAT", None))
         if option is not None and is_tcp(sock)
     ]
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    if isinstance(sock, socket.socket):
+        sock = trio.socket.from_stdlib_socket(sock)
+    stream = trio.SocketStream(sock)
     for option, value in before:
         # Fails only on a connection that is gone, as trio's own attempt did.
         with suppress(OSError):
@@ -102,7 +139,7 @@ def stream_around(sock: socket.socket) -> trio.SocketStream:
     return stream
 
 
-def peer_of(sock: socket.socket) -> SocketAddress:
+def peer_of(sock: socket.socket | trio.socket.SocketType) -> SocketAddress:
     """The other end's address; empty if the connection is gone already."""
     try:
         peer: SocketAddress = sock.getpeername()
@@ -110,6 +147,23 @@ def peer_of(sock: socket.socket) -> SocketAddress:
         # The first read or write will say so.
         return ""
     return peer
+
+
+def peek(sock: ConnectedSocket) -> bytes | None:
+    """A byte of what is unread, which stays unread; b"" at EOF; None if there is nothing.
+
+    Raises `OSError` on a broken connection, and takes the kernel's note of the error by that.
+    """
+    try:
+        return sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+
+
+def pending_error(sock: ConnectedSocket) -> OSError | None:
+    """The kernel's note of an error on *sock*, taken from it; None if it has none."""
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(number, os.strerror(number)) if number else None
 
 
 def broken(error: OSError) -> trio.BrokenResourceError:
@@ -121,7 +175,7 @@ def broken(error: OSError) -> trio.BrokenResourceError:
     return wrapped
 
 
-def is_tcp(sock: socket.socket) -> bool:
+def is_tcp(sock: socket.socket | trio.socket.SocketType) -> bool:
     """Whether TCP's own options apply to *sock*."""
     return sock.family in (socket.AF_INET, socket.AF_INET6)
 
@@ -149,8 +203,10 @@ def apply_before_bind(sock: socket.socket, options: SocketOptions) -> None:
     apply_to_connection(sock, options)
 
 
-def apply_to_connection(sock: socket.socket, options: SocketOptions) -> None:
-    """Set what concerns a connection, on a connected socket or for those a listener will accept."""
+def apply_to_connection(
+    sock: socket.socket | trio.socket.SocketType, options: SocketOptions
+) -> None:
+    """Set what concerns a connection: on its socket, or on a listener for those it will accept."""
     if options.send_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_buffer)
     if options.receive_buffer is not None:
@@ -177,7 +233,7 @@ def apply_to_connection(sock: socket.socket, options: SocketOptions) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, user_timeout, milliseconds)
 
 
-def reset_on_close(sock: ConnectedSocket) -> None:
+def reset_on_close(sock: ConnectedSocket | trio.socket.SocketType) -> None:
     """Make the next close send RST and drop what is unsent, instead of FIN."""
     # Fails only where the connection is gone already, and then there is nothing to reset.
     with suppress(OSError):

@@ -1,10 +1,11 @@
-"""A connection's states, the moves between them, and the reasons for its end."""
+"""States and the moves between them, of connections and connectors; why connections end."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import TypeAlias, TypeVar
 
 from trioreactor.errors import IllegalStateTransition
 
@@ -65,22 +66,63 @@ TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = MappingProxy
         ConnectionState.DISCONNECTED: frozenset(),
     }
 )
-"""The one table of legal moves."""
+"""The one table of a connection's legal moves."""
 
 
-def check_transition(old: ConnectionState, new: ConnectionState) -> None:
-    """Raise `IllegalStateTransition` unless the table has the move from *old* to *new*."""
-    if new not in TRANSITIONS[old]:
-        legal = ", ".join(sorted(s.name for s in TRANSITIONS[old])) or "nothing"
+class ConnectorState(enum.Enum):
+    """What a connector is at."""
+
+    IDLE = "idle"
+    """Nobody connects by it."""
+    CONNECTING = "connecting"
+    """An attempt runs."""
+    WAITING = "waiting"
+    """The backoff's delay before the next attempt."""
+    CONNECTED = "connected"
+    """The last `connect` succeeded. What became of that connection it does not know."""
+    STOPPED = "stopped"
+    """`stop` was called."""
+
+
+CONNECTOR_TRANSITIONS: Mapping[ConnectorState, frozenset[ConnectorState]] = MappingProxyType(
+    {
+        ConnectorState.IDLE: frozenset(
+            {ConnectorState.CONNECTING, ConnectorState.WAITING, ConnectorState.STOPPED}
+        ),
+        ConnectorState.CONNECTING: frozenset(
+            {
+                ConnectorState.CONNECTED,
+                ConnectorState.WAITING,
+                ConnectorState.IDLE,
+                ConnectorState.STOPPED,
+            }
+        ),
+        ConnectorState.WAITING: frozenset(
+            {ConnectorState.CONNECTING, ConnectorState.IDLE, ConnectorState.STOPPED}
+        ),
+        ConnectorState.CONNECTED: frozenset(
+            {ConnectorState.CONNECTING, ConnectorState.WAITING, ConnectorState.STOPPED}
+        ),
+        ConnectorState.STOPPED: frozenset(),
+    }
+)
+"""The one table of a connector's legal moves."""
+
+State = TypeVar("State", ConnectionState, ConnectorState)
+Table: TypeAlias = Mapping[State, frozenset[State]]
+
+
+def check_transition(table: Table[State], old: State, new: State) -> None:
+    """Raise `IllegalStateTransition` unless *table* has the move from *old* to *new*."""
+    if new not in table[old]:
+        legal = ", ".join(sorted(s.name for s in table[old])) or "nothing"
         raise IllegalStateTransition(f"{old.name} can become {legal}, not {new.name}")
 
 
-def state_diagram() -> str:
-    """The table as a Mermaid diagram, for the documentation."""
-    lines = ["stateDiagram-v2", "    [*] --> CONNECTING", "    [*] --> CONNECTED"]
-    for old in ConnectionState:
-        lines += [
-            f"    {old.name} --> {new.name}" for new in ConnectionState if new in TRANSITIONS[old]
-        ]
-    lines.append("    DISCONNECTED --> [*]")
+def state_diagram(table: Table[State], *, starts: Iterable[State]) -> str:
+    """*table* as a Mermaid diagram, for the documentation."""
+    lines = ["stateDiagram-v2", *(f"    [*] --> {start.name}" for start in starts)]
+    for old, moves in table.items():
+        lines += [f"    {old.name} --> {new.name}" for new in table if new in moves]
+    lines += [f"    {old.name} --> [*]" for old, moves in table.items() if not moves]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import trio
 
 from trioreactor.address import SocketAddress, format_address
 from trioreactor.connection_callbacks import (
-    ConnectionCallbacks,
+    CallbackAttributes,
     MessageCallback,
     WaterMarkCallback,
     WriteCompleteCallback,
@@ -30,7 +30,7 @@ from trioreactor.sockets import (
 from trioreactor.state import CloseReason, ConnectionState
 
 
-class TcpConnection(trio.abc.HalfCloseableStream):
+class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
     """An established connection, over TCP or a Unix socket: a `trio.abc.HalfCloseableStream`.
 
     It owns *stream* from here on and closes it. Nobody else may read, write or close that stream
@@ -284,6 +284,20 @@ class TcpConnection(trio.abc.HalfCloseableStream):
         await self._read.dispatch(self, on_message)
 
     @property
+    def at_eof(self) -> bool:
+        """Whether the peer's EOF has been found: nothing more will come."""
+        return self._read.eof
+
+    async def wait_eof(self) -> None:
+        """Wait until the peer's EOF is next to be read, or the connection has ended, without
+        reading. Any number of tasks may wait, whoever reads meanwhile. Cancelling changes nothing.
+
+        For noticing that the peer has gone while one works for it. Unread input hides the EOF
+        behind it. On the trio poller an EOF that comes while nobody reads is seen, a reset not.
+        """
+        await self._life.wait_eof()
+
+    @property
     def reading(self) -> bool:
         """False between `stop_reading` and `start_reading`."""
         return self._read.reading
@@ -297,48 +311,6 @@ class TcpConnection(trio.abc.HalfCloseableStream):
     def start_reading(self) -> None:
         """Take input again; a dispatch callback is called soon for what it had left. Idempotent."""
         self._read.start_reading()
-
-    # -- callbacks
-
-    @property
-    def write_complete_callback(self) -> WriteCompleteCallback | None:
-        """Called with the connection when the send buffer has become empty after a send, also
-        when it never filled. Never inside `send`, never recursively.
-        """
-        return self._life.callbacks.write_complete if self._life.callbacks else None
-
-    @write_complete_callback.setter
-    def write_complete_callback(self, fn: WriteCompleteCallback | None) -> None:
-        self._own_callbacks().write_complete = fn
-        self._write.notify_complete = fn is not None
-
-    @property
-    def high_water_mark_callback(self) -> WaterMarkCallback | None:
-        """Called with the connection and the buffer's size, once for each time that it rises
-        above the high-water mark.
-        """
-        return self._life.callbacks.high_water_mark if self._life.callbacks else None
-
-    @high_water_mark_callback.setter
-    def high_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
-        self._own_callbacks().high_water_mark = fn
-
-    @property
-    def low_water_mark_callback(self) -> WaterMarkCallback | None:
-        """Called with the connection and the buffer's size, once for each time that it sinks to
-        the low-water mark after having been above the high one.
-        """
-        return self._life.callbacks.low_water_mark if self._life.callbacks else None
-
-    @low_water_mark_callback.setter
-    def low_water_mark_callback(self, fn: WaterMarkCallback | None) -> None:
-        self._own_callbacks().low_water_mark = fn
-
-    def _own_callbacks(self) -> ConnectionCallbacks:
-        life = self._life
-        if life.callbacks is None:
-            life.callbacks = ConnectionCallbacks(self, life.read, life.poller)
-        return life.callbacks
 
     # -- the end
 

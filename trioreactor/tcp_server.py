@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import trio
 
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import SocketAddress, format_address
+from trioreactor.connection_callbacks import Handler
+from trioreactor.connection_counters import ConnectionCounters
+from trioreactor.exception_groups import lone, unwrapped
 from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks
-from trioreactor.server_statistics import DrainReport, ServerCounters, ServerStatistics
+from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
-
-Handler = Callable[[TcpConnection], Awaitable[object]]
 
 # How long a drain waits for handlers that it has cancelled, when `Timeouts.linger` is off: as long
 # as that one's default.
@@ -86,7 +88,8 @@ class TcpServer:
         # Whoever waits for the last connection to end.
         self._empty = trio.lowlevel.ParkingLot()
         self._serial = count(1)
-        self._counters = ServerCounters()
+        self._counters = ConnectionCounters()
+        self._rejected: Counter[str] = Counter()
         self.connections: Mapping[str, TcpConnection] = MappingProxyType(self._connections)
         """The living connections by name: read-only, always up to date."""
 
@@ -110,8 +113,11 @@ class TcpServer:
 
     def statistics(self) -> ServerStatistics:
         """The counters as they are now."""
-        shed = sum(acceptor.statistics().shed for acceptor in self._acceptors)
-        return self._counters.snapshot(self._connections.values(), shed)
+        return ServerStatistics(
+            rejected=MappingProxyType(dict(self._rejected)),
+            shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
+            **self._counters.totals(self._connections.values()).as_fields(),
+        )
 
     # -- serving
 
@@ -135,13 +141,12 @@ class TcpServer:
         self._started = True
         self._acceptors = await self._open()
         try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = handler_nursery or nursery
-                for acceptor in self._acceptors:
-                    nursery.start_soon(self._accept_loop, acceptor, name=repr(acceptor))
-                task_status.started(list(self._acceptors))
-        except BaseExceptionGroup as group:
-            raise _lone(group) from None
+            with unwrapped():
+                async with trio.open_nursery() as nursery:
+                    self._nursery = handler_nursery or nursery
+                    for acceptor in self._acceptors:
+                        nursery.start_soon(self._accept_loop, acceptor, name=repr(acceptor))
+                    task_status.started(list(self._acceptors))
         finally:
             self._stop_listening()
             with trio.CancelScope(shield=True):
@@ -192,7 +197,7 @@ class TcpServer:
                 obstacle = "per_peer"
             if obstacle:
                 sock.close()
-                self._counters.rejected[obstacle] += 1
+                self._rejected[obstacle] += 1
                 continue
             self._start(acceptor, sock, peer)
         return True
@@ -241,7 +246,7 @@ class TcpServer:
             if errors is not None:
                 close_and_log(conn, errors)
             if rest is not None:
-                raise _lone(rest) from None
+                raise lone(rest) from None
         finally:
             conn.force_close(CloseReason.CANCELLED)
             self._forget(conn)
@@ -372,13 +377,3 @@ def _offer(conn: TcpConnection, data: bytes) -> bool:
     except (trio.BrokenResourceError, trio.BusyResourceError):
         return False
     return True
-
-
-def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The only exception in *group*, or *group*: a single error needs no wrapping."""
-    if len(group.exceptions) != 1:
-        return group
-    inner = group.exceptions[0]
-    if isinstance(inner, BaseExceptionGroup):
-        return _lone(cast("BaseExceptionGroup[BaseException]", inner))
-    return inner

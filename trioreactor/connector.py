@@ -1,0 +1,394 @@
+"""Connector: makes connections, and tries again with backoff where that can help."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from types import MappingProxyType
+from typing import TypedDict, Unpack
+
+import trio
+
+from trioreactor.backoff import Backoff, Delays
+from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
+from trioreactor.errors import ConnectError
+from trioreactor.exception_groups import members
+from trioreactor.happy_eyeballs import connect_tcp, connect_unix
+from trioreactor.options import SocketOptions, Timeouts, Watermarks, check_count, check_seconds
+from trioreactor.sockets import can_pass, peer_of
+from trioreactor.state import CONNECTOR_TRANSITIONS, ConnectorState, check_transition
+from trioreactor.tcp_connection import TcpConnection
+
+logger = logging.getLogger("trioreactor.connector")
+
+# How many failed attempts a `ConnectError` tells of where their number has no bound.
+REMEMBERED = 16
+
+OnAttempt = Callable[[ConnectAttempt], object]
+
+
+class ConnectOptions(TypedDict, total=False):
+    """The options of `Connector`, for those that hand them on to one."""
+
+    path: str | os.PathLike[str] | None
+    endpoints: Iterable[Endpoint] | None
+    chooser: Chooser
+    connect_timeout: float | None
+    local_address: str | tuple[str, int] | None
+    socket_options: SocketOptions
+    on_attempt: OnAttempt | None
+
+
+class RetryOptions(ConnectOptions, total=False):
+    """The same with those that concern another attempt."""
+
+    backoff: Backoff | Iterable[float]
+    max_attempts: int | None
+    retry: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectorStatistics:
+    """A connector's counters at one moment."""
+
+    attempts: int
+    """Attempts that have ended, since the connector was made."""
+    connected: int
+    """Those that made a connection."""
+    failures: Mapping[str, int]
+    """Those that failed, by their error's name: ``"ECONNREFUSED"``, ``"gaierror"``. An attempt
+    that met several counts by the first."""
+
+
+class Connector:
+    """Makes one connection at a time, by as many attempts as it takes.
+
+    Where to: *host* and *port*, or *path*, a Unix socket; or *endpoints*, several of both, each
+    ``(host, port)`` or a path. A host with several addresses is tried by Happy Eyeballs. Endpoints
+    are tried in rounds: each once, one after the other, then *backoff*'s delay. *chooser* says
+    which is next, of those that the round has not tried: ``"in_order"``, so that the first is
+    preferred, ``"random"``, or a function that gets them and returns one.
+
+    *connect_timeout* bounds each attempt, the resolver included, in seconds; None is no bound.
+    (10 s: by then Linux has sent four SYNs, and alone would go on for two minutes.) *max_attempts*
+    bounds the attempts of one `connect`. *local_address* is our end's IP address, or that and a
+    port. *on_attempt* is called with every attempt's `ConnectAttempt`, in the loop; what it raises
+    leaves `connect`.
+
+    What can pass is retried: refused, unreachable, timed out, an unknown name, no port or
+    descriptor free. What cannot, such as a missing permission or address family, gives the
+    endpoint up.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        endpoints: Iterable[Endpoint] | None = None,
+        chooser: Chooser = "in_order",
+        backoff: Backoff | Iterable[float] = Backoff(),
+        connect_timeout: float | None = 10.0,
+        max_attempts: int | None = None,
+        retry: bool = True,
+        local_address: str | tuple[str, int] | None = None,
+        socket_options: SocketOptions = SocketOptions(),
+        on_attempt: OnAttempt | None = None,
+    ) -> None:
+        check_seconds("Connector", "connect_timeout", connect_timeout)
+        check_count("Connector", "max_attempts", max_attempts, least=1, unit="attempts")
+        if on_attempt is not None and not callable(on_attempt):
+            raise TypeError(f"Connector(on_attempt={on_attempt!r}): pass a function, or None")
+        self._rounds = Rounds(_places(host, port, path, endpoints), chooser)
+        self._delays = Delays(backoff)
+        self._connect_timeout = connect_timeout
+        self._max_attempts = max_attempts
+        self._local_address = _checked_local_address(local_address)
+        self._socket_options = socket_options
+        self._on_attempt = on_attempt
+        self._state = ConnectorState.IDLE
+        # Of the connect that runs.
+        self._scope: trio.CancelScope | None = None
+        # When the last one succeeded, until the next begins.
+        self._connected_at: float | None = None
+        # Set while `retry` is off: nobody waits for another attempt.
+        self._no_retry = trio.Event()
+        self.retry = retry
+        self._connected = 0
+        self._failures: Counter[str] = Counter()
+
+    @property
+    def state(self) -> ConnectorState:
+        """What it is at."""
+        return self._state
+
+    def _become(self, state: ConnectorState) -> None:
+        """The only setter of the state."""
+        if state is not self._state:
+            check_transition(CONNECTOR_TRANSITIONS, self._state, state)
+            logger.debug("connector: %s -> %s", self._state.name, state.name)
+            self._state = state
+
+    @property
+    def attempts(self) -> int:
+        """How many attempts have ended, since it was made."""
+        return self._connected + self.failed
+
+    @property
+    def failed(self) -> int:
+        """How many of them failed."""
+        return self._failures.total()
+
+    @property
+    def retry(self) -> bool:
+        """Whether a round that failed is followed by another. Turned off while `connect` waits
+        for the next, it raises `ConnectError` at once.
+        """
+        return not self._no_retry.is_set()
+
+    @retry.setter
+    def retry(self, retry: bool) -> None:
+        if not retry:
+            self._no_retry.set()
+        elif self._no_retry.is_set():
+            self._no_retry = trio.Event()
+
+    def statistics(self) -> ConnectorStatistics:
+        """The counters as they are now."""
+        return ConnectorStatistics(
+            attempts=self.attempts,
+            connected=self._connected,
+            failures=MappingProxyType(dict(self._failures)),
+        )
+
+    def stop(self) -> None:
+        """End a `connect` that runs, and all to come, with `trio.ClosedResourceError`. From
+        anywhere in the loop. Idempotent, and final.
+        """
+        self._become(ConnectorState.STOPPED)
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def connect(self) -> trio.SocketStream:
+        """Connect, and give the stream, ready for a `TcpConnection`.
+
+        After an earlier connection it waits the backoff's next delay first, for a server that was
+        lost was lost by others, too; the delays begin anew if `Backoff.reset_after` seconds have
+        passed since.
+
+        Raises `ConnectError`, which is an `OSError`, when no attempt is left: every endpoint has an
+        error that cannot pass, `max_attempts` have failed, the backoff has ended, or `retry` is
+        off. `trio.ClosedResourceError` after `stop`, `trio.BusyResourceError` if another task is
+        at it. Cancelled, it leaves no socket open.
+        """
+        if self._scope is not None:
+            raise trio.BusyResourceError("another task is connecting by this connector")
+        await trio.lowlevel.checkpoint()
+        try:
+            with trio.CancelScope() as self._scope:
+                if self._state is not ConnectorState.STOPPED:
+                    return await self._connect()
+            raise trio.ClosedResourceError("this connector has been stopped")
+        finally:
+            self._scope = None
+            if self._state not in (ConnectorState.STOPPED, ConnectorState.CONNECTED):
+                self._become(ConnectorState.IDLE)
+
+    async def _connect(self) -> trio.SocketStream:
+        failed: deque[ConnectAttempt] = deque(maxlen=self._max_attempts or REMEMBERED)
+        await self._pause_after_connection()
+        for number in count(1):
+            self._become(ConnectorState.CONNECTING)
+            endpoint = self._rounds.next()
+            begun = trio.current_time()
+            result = await self._open(endpoint)
+            duration = trio.current_time() - begun
+            if isinstance(result, trio.SocketStream):
+                self._succeed(number, endpoint, duration, result)
+                return result
+            attempt = self._fail(number, endpoint, duration, result)
+            failed.append(attempt)
+            if attempt.delay is None:
+                break
+            await self._wait(attempt.delay)
+            if self._rounds.complete and not self.retry:
+                break
+        raise ConnectError(f"no connection (attempt {number} was the last): {failed[-1]}", failed)
+
+    async def _pause_after_connection(self) -> None:  # noqa: ASYNC910 connect has checkpoints
+        """What a connection that was lost asks for before the next attempt."""
+        since = self._connected_at
+        if since is None or trio.current_time() - since >= self._delays.reset_after:
+            self._delays.restart()
+            self._rounds.restart()
+        if since is not None and self._rounds.complete and self.retry:
+            delay = self._delays.next()
+            if delay is None:
+                raise ConnectError("no connection: the backoff has no further delay", ())
+            await self._wait(delay)
+            if not self.retry:
+                raise ConnectError("no connection: retry was turned off", ())
+        self._connected_at = None
+
+    async def _wait(self, delay: float) -> None:  # noqa: ASYNC910 connect has checkpoints
+        if delay:
+            self._become(ConnectorState.WAITING)
+            with trio.move_on_after(delay):
+                await self._no_retry.wait()
+
+    async def _open(self, endpoint: Endpoint) -> trio.SocketStream | Exception:
+        """The stream, or what the attempt failed by."""
+        timeout = self._connect_timeout or math.inf
+        options = self._socket_options
+        try:
+            with trio.move_on_after(timeout):
+                if isinstance(endpoint, str):
+                    return await connect_unix(endpoint, socket_options=options)
+                host, port = endpoint
+                return await connect_tcp(
+                    host, port, local_address=self._local_address, socket_options=options
+                )
+            return TimeoutError(errno.ETIMEDOUT, f"no connection within {timeout:g} s")
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: a name that DNS has no spelling for. The traceback goes because what
+            # is remembered must not hold on to frames.
+            return error.with_traceback(None)  # noqa: ASYNC910 connect has checkpoints
+        except ExceptionGroup as group:
+            if group.split(OSError)[1] is not None:
+                raise
+            return group.with_traceback(None)  # noqa: ASYNC910 connect has checkpoints
+
+    def _succeed(
+        self, number: int, endpoint: Endpoint, duration: float, stream: trio.SocketStream
+    ) -> None:
+        self._connected += 1
+        self._connected_at = trio.current_time()
+        try:
+            self._tell(
+                ConnectAttempt(
+                    number=number,
+                    endpoint=endpoint,
+                    address=peer_of(stream.socket),
+                    duration=duration,
+                    error=None,
+                    delay=None,
+                )
+            )
+            if self._state is ConnectorState.STOPPED:
+                raise trio.ClosedResourceError("this connector has been stopped")
+        except BaseException:
+            stream.socket.close()
+            raise
+        self._become(ConnectorState.CONNECTED)
+
+    def _fail(
+        self, number: int, endpoint: Endpoint, duration: float, error: Exception
+    ) -> ConnectAttempt:
+        self._failures[_name_of(error)] += 1
+        if not can_pass(error):
+            self._rounds.give_up(endpoint)
+        attempt = ConnectAttempt(
+            number=number,
+            endpoint=endpoint,
+            address=None,
+            duration=duration,
+            error=error,
+            delay=self._delay_after(number),
+        )
+        self._tell(attempt)
+        return attempt
+
+    def _delay_after(self, number: int) -> float | None:
+        """How long to wait after failed attempt *number*; None if none follows."""
+        if self._rounds.exhausted or number == self._max_attempts:
+            return None
+        if not self._rounds.complete:
+            return 0.0
+        return self._delays.next() if self.retry else None
+
+    def _tell(self, attempt: ConnectAttempt) -> None:
+        if attempt.error is None:
+            logger.info("%s", attempt)
+        elif attempt.delay is None:
+            # `connect` raises it.
+            logger.debug("%s; no further attempt", attempt)
+        else:
+            logger.warning("%s; next attempt in %.1f s", attempt, attempt.delay)
+        if self._on_attempt is not None:
+            self._on_attempt(attempt)
+
+
+async def open_tcp_connection(
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    name: str | None = None,
+    watermarks: Watermarks = Watermarks(),
+    timeouts: Timeouts = Timeouts(),
+    **options: Unpack[ConnectOptions],
+) -> TcpConnection:
+    """Connect once, with no retry, and give the connection.
+
+    The options are those of `Connector`; of several endpoints each is tried once. Raises
+    `ConnectError`, which is an `OSError`. Cancelled, it leaves no socket open.
+    """
+    stream = await Connector(host, port, retry=False, **options).connect()
+    return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
+
+
+def connection_on(
+    stream: trio.SocketStream, *, name: str | None, watermarks: Watermarks, timeouts: Timeouts
+) -> TcpConnection:
+    """A connection on *stream*, which is closed if there can be none."""
+    try:
+        return TcpConnection(stream, name=name, watermarks=watermarks, timeouts=timeouts)
+    except BaseException:
+        # epoll has no room for it (ENOSPC, ENOMEM).
+        stream.socket.close()
+        raise
+
+
+def _places(
+    host: str | None,
+    port: int | None,
+    path: str | os.PathLike[str] | None,
+    endpoints: Iterable[Endpoint] | None,
+) -> Iterable[object]:
+    """Where to, from the three ways to say it."""
+    if (host is None) != (port is None):
+        raise TypeError(f"host={host!r}, port={port!r}: pass both, or path=...")
+    ways = [host is not None, path is not None, endpoints is not None]
+    if sum(ways) != 1:
+        raise TypeError("pass host and port, or path=..., or endpoints=[...]: one of them")
+    if endpoints is not None:
+        return endpoints
+    return [path if path is not None else (host, port)]
+
+
+def _checked_local_address(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
+    if given is None:
+        return None
+    host, port = given if isinstance(given, tuple) else (given, 0)
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        text = f"local_address={given!r}: pass an IP address, or (IP address, port)"
+        raise ValueError(text) from None
+    check_count("Connector", "local_address", port, least=0, most=65535, unit="as a port")
+    return host, port
+
+
+def _name_of(error: BaseException) -> str:
+    """What a failure is counted by."""
+    if isinstance(error, BaseExceptionGroup):
+        return _name_of(members(error)[0])
+    number = error.errno if isinstance(error, OSError) else None
+    return errno.errorcode.get(number or 0, type(error).__name__)

@@ -1,0 +1,386 @@
+"""TcpClient: one connection at a time, made again whenever it is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import count
+from types import TracebackType
+from typing import Self, Unpack
+
+import trio
+
+from trioreactor.address import format_address
+from trioreactor.client_statistics import ClientStatistics
+from trioreactor.connection_callbacks import Handler
+from trioreactor.connection_counters import ConnectionCounters
+from trioreactor.connector import REMEMBERED, Connector, RetryOptions, connection_on
+from trioreactor.endpoints import ConnectAttempt
+from trioreactor.errors import ConnectError, NotConnected
+from trioreactor.exception_groups import unwrapped
+from trioreactor.handler_errors import close_and_log, is_peers_doing
+from trioreactor.options import Timeouts, Watermarks, check_count
+from trioreactor.sockets import peer_of
+from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.tcp_connection import TcpConnection
+
+logger = logging.getLogger("trioreactor.client")
+
+
+class TcpClient:
+    """Stays connected: makes a connection, and another one after the backoff when it is lost.
+
+    Where to and how to retry is said as for `Connector`, whose options these are: *host* and
+    *port*, or ``path=...``, or ``endpoints=[...]``. With ``retry=False`` it makes one connection.
+
+    Three ways to use it, one at a time:
+
+    - ``await client.run(handler)`` runs *handler* for each connection, in turn.
+    - ``async with client:`` does so in the background; without a handler the block uses
+      `connection`, `wait_connected`, `send` and `send_all`.
+    - ``async for conn in client:`` gives each connection in turn; use it in `session`.
+
+    A client belongs to one trio run.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int | None = None,
+        handler: Handler | None = None,
+        *,
+        name: str = "client",
+        watermarks: Watermarks = Watermarks(),
+        timeouts: Timeouts = Timeouts(),
+        **options: Unpack[RetryOptions],
+    ) -> None:
+        if handler is not None and not callable(handler):
+            raise TypeError(f"TcpClient(handler={handler!r}): pass an async function or Callbacks")
+        self.name = name
+        self._handler = handler
+        self._watermarks = watermarks
+        self._timeouts = timeouts
+        self._on_attempt = options.get("on_attempt")
+        self._connector = Connector(host, port, **(options | {"on_attempt": self._attempted}))
+        # The one that lives, or has ended and is not counted yet.
+        self._connection: TcpConnection | None = None
+        # While it connects: what `disconnect` cancels.
+        self._connecting: trio.CancelScope | None = None
+        # A run, or the block, is under way.
+        self._running = False
+        # It is to have a connection. Not before it begins, for `disconnect` is for what goes on.
+        self._wanted = True
+        self._stopped = False
+        # No connection will come any more.
+        self._over = False
+        # Since it began.
+        self._made_one = False
+        self._failures: deque[ConnectAttempt] = deque(maxlen=REMEMBERED)
+        # Whoever waits for a connection, a failure, or the end.
+        self._changes = trio.lowlevel.ParkingLot()
+        self._serial = count(1)
+        self._counters = ConnectionCounters()
+        self._block: AbstractAsyncContextManager[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<TcpClient {self.name} {self.connection or 'without a connection'}>"
+
+    # -- how it is
+
+    @property
+    def connection(self) -> TcpConnection | None:
+        """The connection of this moment, or None."""
+        conn = self._connection
+        return None if conn is None or conn.state is ConnectionState.DISCONNECTED else conn
+
+    @property
+    def retry(self) -> bool:
+        """Whether a connection that is lost, or cannot be made, is followed by another attempt.
+
+        May be set at any time: turned off, the connection there is stays, and is the last one.
+        While it waits for the next attempt, that ends it with `ConnectError`.
+        """
+        return self._connector.retry
+
+    @retry.setter
+    def retry(self, retry: bool) -> None:
+        self._connector.retry = retry
+
+    def statistics(self) -> ClientStatistics:
+        """The counters as they are now."""
+        connector = self._connector.statistics()
+        living = [] if self._connection is None else [self._connection]
+        return ClientStatistics(
+            attempts=connector.attempts,
+            failures=connector.failures,
+            **self._counters.totals(living).as_fields(),
+        )
+
+    async def wait_connected(self, max_failures: int | None = None) -> TcpConnection:
+        """Wait until there is a connection whose peer has not closed it, and give it.
+
+        Raises `ConnectError` when *max_failures* attempts have failed since this call, though the
+        client goes on; `trio.ClosedResourceError` when it has ended. Any number of tasks may wait.
+        """
+        check_count("wait_connected", "max_failures", max_failures, least=1, unit="failures")
+        await trio.lowlevel.checkpoint()
+        before = self._connector.failed
+        while True:
+            conn = self._connection
+            if (
+                conn is not None
+                and conn.state is ConnectionState.CONNECTED
+                and not (conn.broken or conn.at_eof)
+            ):
+                return conn
+            if self._over:
+                # If it ended by an error, the nursery that this is in may be about to cancel us:
+                # then that error is the one to be heard of.
+                await trio.lowlevel.checkpoint()
+                raise self._not_connected()
+            if max_failures is not None and self._connector.failed - before >= max_failures:
+                text = f"{self.name}: {max_failures} attempts failed: {self._failures[-1]}"
+                raise ConnectError(text, list(self._failures)[-max_failures:])
+            await self._changes.park()
+
+    # -- sending, on whatever connection there is
+
+    def send(self, data: bytes | bytearray | memoryview) -> bool:
+        """`TcpConnection.send` on the connection of this moment.
+
+        Raises `NotConnected`, a `trio.BrokenResourceError`, while there is none, and
+        `trio.ClosedResourceError` when none will come.
+        """
+        return self._current().send(data)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """`TcpConnection.send_all` on the connection of this moment; errors as `send`.
+
+        A connection that is lost loses what it had not sent; none of it goes to the next one.
+        """
+        await self._current().send_all(data)
+
+    def _current(self) -> TcpConnection:
+        conn = self.connection
+        if conn is None:
+            raise self._not_connected()
+        return conn
+
+    def _not_connected(self) -> Exception:
+        if self._over or self._stopped or not self._wanted:
+            return trio.ClosedResourceError(f"{self.name}: this client has ended")
+        last = f": {self._failures[-1]}" if self._failures else ""
+        return NotConnected(f"{self.name}: no connection at the moment{last}")
+
+    # -- the ways to use it
+
+    async def run(self, handler: Handler | None = None) -> None:
+        """Run *handler* (None: the client's own) for each connection, one after the other.
+
+        When the handler returns, its connection is closed gracefully and the next is made; so to
+        end from inside call `disconnect` or `stop`. That a peer has gone or broke the protocol
+        is logged, and no error. Whatever else the handler raises closes the connection and leaves.
+
+        Returns after `disconnect` or `stop`, or when `retry` is off and the connection has ended.
+        Raises `ConnectError` when no attempt is left. Cancelled, it closes the connection at once.
+        """
+        handler = handler or self._handler
+        if handler is None:
+            raise TypeError("TcpClient.run: pass a handler, here or to the client")
+        self._begin()
+        await self._run(handler)
+
+    async def _run(self, handler: Handler) -> None:
+        if self._running:
+            raise trio.BusyResourceError(f"{self.name}: this client is running already")
+        self._running = True
+        try:
+            while (conn := await self._next()) is not None:
+                async with self.session(conn):
+                    await handler(conn)
+        finally:
+            self._running = False
+            self._end()
+
+    async def __aenter__(self) -> Self:
+        """Connect, and run the handler if there is one, in the background until the block ends.
+
+        At the block's normal end the connection is closed as by `disconnect`; without a handler,
+        as by `TcpConnection.aclose`. An error in the block, or a cancellation, closes it at once.
+        What `run` would raise cancels the block and leaves it.
+        """
+        self._begin()
+        self._block = self._in_background()
+        await self._block.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._block is not None
+        block, self._block = self._block, None
+        return await block.__aexit__(kind, error, traceback)  # noqa: ASYNC102 bounded by linger
+
+    @asynccontextmanager
+    async def _in_background(self) -> AsyncGenerator[None]:
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run, self._handler or TcpConnection.wait_eof)
+                yield
+                conn = self._connection
+                self.disconnect()
+                if self._handler is None and conn is not None and conn.handler_scope is not None:
+                    # Nobody is left to read an answer.
+                    conn.handler_scope.cancel()
+
+    def __aiter__(self) -> Self:
+        """Give each connection in turn, and close it when the next is asked for.
+
+        What the body raises leaves the loop, with the connection open: so use `session` in it.
+        """
+        self._begin()
+        return self
+
+    async def __anext__(self) -> TcpConnection:
+        """The next connection; the end as for `run`."""
+        conn = await self._next()
+        if conn is None:
+            raise StopAsyncIteration
+        return conn
+
+    @asynccontextmanager
+    async def session(self, conn: TcpConnection) -> AsyncGenerator[TcpConnection]:
+        """The time of one connection: ``async with client.session(conn):`` closes it at the end.
+
+        Gracefully after the block's normal end; at once if it raises or is cancelled. That the
+        peer has gone or broke the protocol does not leave the block: the loop around it goes on to
+        the next connection. `force_close` cancels the block.
+        """
+        conn.handler_scope = trio.CancelScope()
+        try:
+            with conn.handler_scope:
+                yield conn
+            await conn.aclose()
+        except Exception as error:
+            if not is_peers_doing(conn, error):
+                conn.force_close(CloseReason.HANDLER_ERROR)
+                raise
+            close_and_log(conn, error, logger)
+        finally:
+            self._forget(conn)
+
+    # -- the end
+
+    def disconnect(self) -> None:
+        """End gracefully: no further attempt, and the connection is closed once it has sent what
+        is queued. From anywhere in the loop. Idempotent. The client may be run again.
+
+        The handler hears of it by ``conn.draining``, and the peer by our EOF; both then have
+        `Timeouts.linger` seconds, after which the handler is cancelled.
+        """
+        self._wanted = False
+        if self._connecting is not None:
+            self._connecting.cancel()
+        conn = self.connection
+        if conn is None:
+            return
+        conn.draining.set()
+        conn.shutdown()
+        scope, linger = conn.handler_scope, self._timeouts.linger
+        if scope is not None and linger is not None:
+            scope.deadline = min(scope.deadline, trio.current_time() + linger)
+
+    def stop(self) -> None:
+        """End at once: no further attempt, and the connection is force-closed, which cancels its
+        handler. From anywhere in the loop. Idempotent, and final.
+        """
+        self._stopped = True
+        self._connector.stop()
+        if self._connection is not None:
+            self._connection.force_close()
+
+    # -- making connections
+
+    def _begin(self) -> None:
+        self._wanted = True
+        self._over = self._made_one = False
+
+    def _end(self) -> None:
+        self._over = True
+        self._changes.unpark_all()
+
+    async def _next(self) -> TcpConnection | None:
+        """The next connection, or None at the end."""
+        try:
+            if self._connection is not None:
+                await self._leave(self._connection)
+            stream = await self._connect()
+            if stream is not None:
+                return self._enter(stream)
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        return None
+
+    async def _connect(self) -> trio.SocketStream | None:
+        await trio.lowlevel.checkpoint()
+        if not self._wanted or self._stopped or (self._made_one and not self.retry):
+            return None
+        stream: trio.SocketStream | None = None
+        try:
+            with trio.CancelScope() as self._connecting:
+                stream = await self._connector.connect()
+        except trio.ClosedResourceError:
+            return None
+        finally:
+            self._connecting = None
+        if stream is not None and not self._wanted:
+            # Disconnected in the very turn that connected it.
+            stream.socket.close()
+            return None
+        return stream
+
+    def _enter(self, stream: trio.SocketStream) -> TcpConnection:
+        where = format_address(peer_of(stream.socket))
+        conn = connection_on(
+            stream,
+            name=f"{self.name}-{where}#{next(self._serial)}",
+            watermarks=self._watermarks,
+            timeouts=self._timeouts,
+        )
+        self._counters.opened += 1
+        self._made_one = True
+        self._failures.clear()
+        self._connection = conn
+        self._changes.unpark_all()
+        return conn
+
+    async def _leave(self, conn: TcpConnection) -> None:
+        """End a connection whose user did not."""
+        try:
+            await conn.aclose()
+        finally:
+            self._forget(conn)
+
+    def _forget(self, conn: TcpConnection) -> None:
+        conn.force_close(CloseReason.CANCELLED)
+        # It refers to the task, and the task's frames to the connection.
+        conn.handler_scope = None
+        if conn is self._connection:
+            self._connection = None
+            self._counters.count_end(conn)
+            assert conn.close_reason is not None
+            logger.info("%s: ended (%s)", conn.name, conn.close_reason.value)
+
+    def _attempted(self, attempt: ConnectAttempt) -> None:
+        if attempt.error is not None:
+            self._failures.append(attempt)
+            self._changes.unpark_all()
+        if self._on_attempt is not None:
+            self._on_attempt(attempt)
