@@ -221,7 +221,8 @@ class Connector:
             await self._wait(attempt.delay)
             if self._rounds.complete and not self.retry:
                 break
-        raise ConnectError(f"no connection (attempt {number} was the last): {failed[-1]}", failed)
+        last = failed[-1]
+        raise ConnectError(f"no connection (attempt {last.number} was the last): {last}", failed)
 
     async def _pause_after_connection(self) -> None:  # noqa: ASYNC910 connect has checkpoints
         """What a connection that was lost asks for before the next attempt."""
@@ -388,7 +389,7 @@ def _checked_local_address(given: str | tuple[str, int] | None) -> tuple[str, in
 
 def _name_of(error: BaseException) -> str:
     """What a failure is counted by."""
-    if isinstance(error, BaseExceptionGroup):
-        return _name_of(members(error)[0])
+    if (inner := members(error)) is not None:
+        return _name_of(inner[0])
     number = error.errno if isinstance(error, OSError) else None
     return errno.errorcode.get(number or 0, type(error).__name__)

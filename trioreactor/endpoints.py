@@ -49,8 +49,8 @@ class ConnectAttempt:
 
 def _describe(error: BaseException) -> str:
     """*error* in a line; a group as what is in it."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(map(_describe, members(error)))
+    if (inner := members(error)) is not None:
+        return "; ".join(map(_describe, inner))
     strerror = error.strerror if isinstance(error, OSError) else None
     return strerror or str(error) or repr(error)
 

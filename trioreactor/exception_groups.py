@@ -22,16 +22,17 @@ def unwrapped() -> Generator[None]:
             error.__context__ = context
 
 
-def members(error: BaseException) -> tuple[BaseException, ...]:
-    """What is in *error*, if it is a group; else nothing."""
+def members(error: BaseException) -> tuple[BaseException, ...] | None:
+    """What is in *error*, if it is a group; else None."""
+    # A bare isinstance would leave type checkers in the dark about what kind of group it is.
     if isinstance(error, BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", error).exceptions
-    return ()
+    return None
 
 
 def lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The only exception in *group*, or *group*: a single error needs no wrapping."""
-    if len(group.exceptions) != 1:
-        return group
-    inner = group.exceptions[0]
-    return lone(inner) if isinstance(inner, BaseExceptionGroup) else inner
+    error: BaseException = group
+    while (inner := members(error)) is not None and len(inner) == 1:
+        error = inner[0]
+    return error

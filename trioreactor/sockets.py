@@ -88,8 +88,8 @@ def can_pass(error: BaseException) -> bool:
 
     Of a group, one is enough: the addresses of a host fail each in its own way.
     """
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(can_pass, members(error)))
+    if (inner := members(error)) is not None:
+        return any(map(can_pass, inner))
     if isinstance(error, socket.gaierror):
         return error.errno not in RESOLVE_FINAL_ERRNOS
     return isinstance(error, OSError) and error.errno not in CONNECT_FINAL_ERRNOS
