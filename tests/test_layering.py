@@ -46,6 +46,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "parts",
         {
             "acceptor",
+            "connect_options",
             "connection_callbacks",
             "connection_counters",
             "connection_statistics",

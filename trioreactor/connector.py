@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import trio
 
 from trioreactor.backoff import Backoff, Delays
+from trioreactor.connect_options import ConnectOptions, OnAttempt, Place, local_end, places
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
 from trioreactor.errors import ConnectError
 from trioreactor.exception_groups import members
@@ -30,28 +30,6 @@ logger = logging.getLogger("trioreactor.connector")
 
 # How many failed attempts a `ConnectError` tells of where their number has no bound.
 REMEMBERED = 16
-
-OnAttempt = Callable[[ConnectAttempt], object]
-
-
-class ConnectOptions(TypedDict, total=False):
-    """The options of `Connector`, for those that hand them on to one."""
-
-    path: str | os.PathLike[str] | None
-    endpoints: Iterable[Endpoint] | None
-    chooser: Chooser
-    connect_timeout: float | None
-    local_address: str | tuple[str, int] | None
-    socket_options: SocketOptions
-    on_attempt: OnAttempt | None
-
-
-class RetryOptions(ConnectOptions, total=False):
-    """The same with those that concern another attempt."""
-
-    backoff: Backoff | Iterable[float]
-    max_attempts: int | None
-    retry: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +71,7 @@ class Connector:
         port: int | None = None,
         *,
         path: str | os.PathLike[str] | None = None,
-        endpoints: Iterable[Endpoint] | None = None,
+        endpoints: Iterable[Place] | None = None,
         chooser: Chooser = "in_order",
         backoff: Backoff | Iterable[float] = Backoff(),
         connect_timeout: float | None = 10.0,
@@ -107,11 +85,11 @@ class Connector:
         check_count("Connector", "max_attempts", max_attempts, least=1, unit="attempts")
         if on_attempt is not None and not callable(on_attempt):
             raise TypeError(f"Connector(on_attempt={on_attempt!r}): pass a function, or None")
-        self._rounds = Rounds(_places(host, port, path, endpoints), chooser)
+        self._rounds = Rounds(places(host, port, path, endpoints), chooser)
         self._delays = Delays(backoff)
         self._connect_timeout = connect_timeout
         self._max_attempts = max_attempts
-        self._local_address = _checked_local_address(local_address)
+        self._local_address = local_end(local_address)
         self._socket_options = socket_options
         self._on_attempt = on_attempt
         self._state = ConnectorState.IDLE
@@ -355,36 +333,6 @@ def connection_on(
         # epoll has no room for it (ENOSPC, ENOMEM).
         stream.socket.close()
         raise
-
-
-def _places(
-    host: str | None,
-    port: int | None,
-    path: str | os.PathLike[str] | None,
-    endpoints: Iterable[Endpoint] | None,
-) -> Iterable[object]:
-    """Where to, from the three ways to say it."""
-    if (host is None) != (port is None):
-        raise TypeError(f"host={host!r}, port={port!r}: pass both, or path=...")
-    ways = [host is not None, path is not None, endpoints is not None]
-    if sum(ways) != 1:
-        raise TypeError("pass host and port, or path=..., or endpoints=[...]: one of them")
-    if endpoints is not None:
-        return endpoints
-    return [path if path is not None else (host, port)]
-
-
-def _checked_local_address(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
-    if given is None:
-        return None
-    host, port = given if isinstance(given, tuple) else (given, 0)
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        text = f"local_address={given!r}: pass an IP address, or (IP address, port)"
-        raise ValueError(text) from None
-    check_count("Connector", "local_address", port, least=0, most=65535, unit="as a port")
-    return host, port
 
 
 def _name_of(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -57,14 +56,12 @@ def _describe(error: BaseException) -> str:
 
 def check_endpoint(endpoint: object) -> Endpoint:
     """*endpoint* if it can be one; else raise, and say what can."""
-    if isinstance(endpoint, os.PathLike):
-        endpoint = os.fspath(endpoint)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(endpoint, str):
         if "/" not in endpoint and not endpoint.startswith("\0"):
             raise ValueError(
                 f"endpoint {endpoint!r}: pass (host, port), or a Unix socket's path with a slash"
             )
-        if len(os.fsencode(endpoint)) > _LONGEST_PATH:
+        if len(endpoint.encode("utf-8", "surrogateescape")) > _LONGEST_PATH:
             raise ValueError(
                 f"endpoint {endpoint!r}: a Unix socket's path has at most {_LONGEST_PATH} bytes"
             )

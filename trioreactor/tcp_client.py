@@ -14,9 +14,10 @@ import trio
 
 from trioreactor.address import format_address
 from trioreactor.client_statistics import ClientStatistics
+from trioreactor.connect_options import RetryOptions
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
-from trioreactor.connector import REMEMBERED, Connector, RetryOptions, connection_on
+from trioreactor.connector import REMEMBERED, Connector, connection_on
 from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
