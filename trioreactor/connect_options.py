@@ -1,0 +1,67 @@
+"""The options of `Connector`, for all that take them: their types, and what they mean."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Callable, Iterable
+from typing import TypedDict
+
+from trioreactor.backoff import Backoff
+from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint
+from trioreactor.options import SocketOptions, check_count
+
+Place = Endpoint | os.PathLike[str]
+OnAttempt = Callable[[ConnectAttempt], object]
+
+
+class ConnectOptions(TypedDict, total=False):
+    """The options of `Connector`, for those that hand them on to one."""
+
+    path: str | os.PathLike[str] | None
+    endpoints: Iterable[Place] | None
+    chooser: Chooser
+    connect_timeout: float | None
+    local_address: str | tuple[str, int] | None
+    socket_options: SocketOptions
+    on_attempt: OnAttempt | None
+
+
+class RetryOptions(ConnectOptions, total=False):
+    """The same with those that concern another attempt."""
+
+    backoff: Backoff | Iterable[float]
+    max_attempts: int | None
+    retry: bool
+
+
+def places(
+    host: str | None,
+    port: int | None,
+    path: str | os.PathLike[str] | None,
+    endpoints: Iterable[Place] | None,
+) -> list[Endpoint]:
+    """Where to, from the three ways to say it."""
+    ways = (host is not None or port is not None) + (path is not None) + (endpoints is not None)
+    if ways == 1:
+        if host is not None and port is not None:
+            return [(host, port)]
+        if path is not None:
+            return [os.fspath(path)]
+        if endpoints is not None:
+            return [os.fspath(at) if isinstance(at, os.PathLike) else at for at in endpoints]
+    raise TypeError("pass both host and port, or path=..., or endpoints=[...]: one of the three")
+
+
+def local_end(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
+    """*given* as an IP address and a port, 0 for any; None if it is."""
+    if given is None:
+        return None
+    host, port = given if isinstance(given, tuple) else (given, 0)
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        text = f"local_address={given!r}: pass an IP address, or (IP address, port)"
+        raise ValueError(text) from None
+    check_count("Connector", "local_address", port, least=0, most=65535, unit="as a port")
+    return host, port
