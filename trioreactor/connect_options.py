@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from trioreactor.backoff import Backoff
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint
-from trioreactor.options import SocketOptions, check_count
+from trioreactor.options import SocketOptions
 
 Place = Endpoint | os.PathLike[str]
 OnAttempt = Callable[[ConnectAttempt], object]
@@ -57,11 +57,15 @@ def local_end(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
     """*given* as an IP address and a port, 0 for any; None if it is."""
     if given is None:
         return None
-    host, port = given if isinstance(given, tuple) else (given, 0)
+    text = f"local_address={given!r}: pass an IP address, or (IP address, port)"
+    pair = given if isinstance(given, tuple) else (given, 0)
+    if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) is not int:
+        raise TypeError(text)
+    host, port = pair
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        text = f"local_address={given!r}: pass an IP address, or (IP address, port)"
         raise ValueError(text) from None
-    check_count("Connector", "local_address", port, least=0, most=65535, unit="as a port")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"local_address={given!r}: pass a port from 0 (any) to 65535")
     return host, port

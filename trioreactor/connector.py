@@ -19,7 +19,7 @@ from trioreactor.backoff import Backoff, Delays
 from trioreactor.connect_options import ConnectOptions, OnAttempt, Place, local_end, places
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
 from trioreactor.errors import ConnectError
-from trioreactor.exception_groups import members
+from trioreactor.exception_groups import members, without_frames
 from trioreactor.happy_eyeballs import connect_tcp, connect_unix
 from trioreactor.options import SocketOptions, Timeouts, Watermarks, check_count, check_seconds
 from trioreactor.sockets import can_pass, peer_of
@@ -169,11 +169,11 @@ class Connector:
         """
         if self._scope is not None:
             raise trio.BusyResourceError("another task is connecting by this connector")
-        await trio.lowlevel.checkpoint()
+        if self._state is ConnectorState.CONNECTED:
+            self._become(ConnectorState.IDLE)
         try:
             with trio.CancelScope() as self._scope:
-                if self._state is not ConnectorState.STOPPED:
-                    return await self._connect()
+                return await self._connect()
             raise trio.ClosedResourceError("this connector has been stopped")
         finally:
             self._scope = None
@@ -181,6 +181,8 @@ class Connector:
                 self._become(ConnectorState.IDLE)
 
     async def _connect(self) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        self._check_not_stopped()
         failed: deque[ConnectAttempt] = deque(maxlen=self._max_attempts or REMEMBERED)
         await self._pause_after_connection()
         for number in count(1):
@@ -237,13 +239,12 @@ class Connector:
                 )
             return TimeoutError(errno.ETIMEDOUT, f"no connection within {timeout:g} s")
         except (OSError, UnicodeError) as error:
-            # UnicodeError: a name that DNS has no spelling for. The traceback goes because what
-            # is remembered must not hold on to frames.
-            return error.with_traceback(None)  # noqa: ASYNC910 connect has checkpoints
+            # UnicodeError: a name that DNS has no spelling for.
+            return without_frames(error)  # noqa: ASYNC910 connect has checkpoints
         except ExceptionGroup as group:
             if group.split(OSError)[1] is not None:
                 raise
-            return group.with_traceback(None)  # noqa: ASYNC910 connect has checkpoints
+            return without_frames(group)  # noqa: ASYNC910 connect has checkpoints
 
     def _succeed(
         self, number: int, endpoint: Endpoint, duration: float, stream: trio.SocketStream
@@ -261,8 +262,6 @@ class Connector:
                     delay=None,
                 )
             )
-            if self._state is ConnectorState.STOPPED:
-                raise trio.ClosedResourceError("this connector has been stopped")
         except BaseException:
             stream.socket.close()
             raise
@@ -303,6 +302,12 @@ class Connector:
             logger.warning("%s; next attempt in %.1f s", attempt, attempt.delay)
         if self._on_attempt is not None:
             self._on_attempt(attempt)
+        # By that function, or in the very turn that ended the attempt.
+        self._check_not_stopped()
+
+    def _check_not_stopped(self) -> None:
+        if self._state is ConnectorState.STOPPED:
+            raise trio.ClosedResourceError("this connector has been stopped")
 
 
 async def open_tcp_connection(

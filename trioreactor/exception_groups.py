@@ -1,10 +1,12 @@
-"""Exception groups: trio's nurseries make them, also where there is one error only."""
+"""Errors and their groups: trio's nurseries make groups, also where there is one error only."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeVar, cast
+
+E = TypeVar("E", bound=BaseException)
 
 
 @contextmanager
@@ -28,6 +30,17 @@ def members(error: BaseException) -> tuple[BaseException, ...] | None:
     if isinstance(error, BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", error).exceptions
     return None
+
+
+def without_frames(error: E) -> E:
+    """*error*, cut off from where and while doing what it was raised.
+
+    For errors that are remembered: a traceback holds on to frames, and those to all that they use.
+    """
+    error.__traceback__ = error.__context__ = None
+    for inner in members(error) or ():
+        without_frames(inner)
+    return error
 
 
 def lone(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -57,6 +57,8 @@ async def connect_tcp(
                 errno.EAFNOSUPPORT,
                 f"{host} has no address of the family of local_address={local_address[0]!r}",
             )
+    if not targets:
+        raise socket.gaierror(socket.EAI_NONAME, f"{host} has no address")
     race = _Race(local_address, socket_options)
     return stream_around(await race.run(_families_in_turn(targets)))
 
@@ -180,8 +182,6 @@ def _families_in_turn(targets: Sequence[Target]) -> list[Target]:
 
     Else a dead family with many addresses would use up the whole time. (RFC 8305, section 4)
     """
-    if not targets:
-        return []
     first = targets[0][0]
     pairs = zip_longest(
         [target for target in targets if target[0] == first],

@@ -100,9 +100,7 @@ CONNECTOR_TRANSITIONS: Mapping[ConnectorState, frozenset[ConnectorState]] = Mapp
         ConnectorState.WAITING: frozenset(
             {ConnectorState.CONNECTING, ConnectorState.IDLE, ConnectorState.STOPPED}
         ),
-        ConnectorState.CONNECTED: frozenset(
-            {ConnectorState.CONNECTING, ConnectorState.WAITING, ConnectorState.STOPPED}
-        ),
+        ConnectorState.CONNECTED: frozenset({ConnectorState.IDLE, ConnectorState.STOPPED}),
         ConnectorState.STOPPED: frozenset(),
     }
 )
