@@ -139,10 +139,11 @@ class Lifecycle:
 
     @trio.lowlevel.enable_ki_protection
     async def wait_eof(self) -> None:
-        """Wait until the peer's EOF is next to be read, or the connection ends."""
+        """Wait until the peer's EOF is next to be read, or the connection breaks or ends."""
         if self._eof is None:
             self._eof = trio.Event()
-        if self.read.eof or self._aclosing or self.state is ConnectionState.DISCONNECTED:
+        over = self._aclosing or self.state is ConnectionState.DISCONNECTED
+        if self.read.eof or over or self.ending.broken is not None:
             self._eof.set()
         else:
             self.read.watch_for_end()
@@ -268,6 +269,7 @@ class Lifecycle:
             # EPIPE: the peer had sent its EOF before, and that stays a clean one to read.
             self.read.reset_error = error
         self.write.fail()
+        self.on_eof()
         # Somebody who reads will find the end. A paused dispatch, or nobody, will not.
         if not self.read.busy and (self.read.dispatching or not self.read.has_unread()):
             self.close(CloseReason.PEER_RESET)

@@ -156,6 +156,8 @@ class ReadHalf:
     def _receive(self, max_bytes: int) -> bytes | None:
         """What is there, b"" at EOF, or None if there is nothing yet."""
         if self.buffer.size:
+            if self._watching:
+                self.channel.read_again()
             return self.buffer.take(min(max_bytes, self.buffer.size))
         if self.eof:
             return b""
@@ -176,7 +178,10 @@ class ReadHalf:
             if self._closed:
                 raise self._ending.error()
         elif self._watching:
-            self._keep_watching()
+            channel.want_read()
+            if channel.hangup:
+                # The end was announced behind what has just been read.
+                channel.read_again()
         self.bytes_received += n
         return data
 
@@ -391,14 +396,7 @@ class ReadHalf:
         """From now on tell the owner of the EOF as soon as it is next to be read."""
         self._watching = True
         if not self.busy:
-            self._keep_watching()
             self._look_for_end()
-
-    def _keep_watching(self) -> None:
-        self.channel.want_read()
-        if self.channel.hangup:
-            # The end was announced behind what has just been read.
-            self.channel.read_again()
 
     def _look_for_end(self) -> None:
         """Nobody reads, and the poller saw something that may be the end."""
@@ -410,6 +408,8 @@ class ReadHalf:
         if unread is None:
             # Or the event was meant for a former owner of this descriptor.
             self.channel.failed = False
+            if self._watching:
+                self.channel.want_read()
         elif self.channel.failed and (self._on_message is not None or not unread):
             # A dispatch that is paused until better times must hear that none will come. Where
             # there is none, what came before the reset can still be read.

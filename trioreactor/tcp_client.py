@@ -136,7 +136,7 @@ class TcpClient:
                 and not (conn.broken or conn.at_eof)
             ):
                 return conn
-            if self._over:
+            if self._over or self._stopped:
                 # If it ended by an error, the nursery that this is in may be about to cancel us:
                 # then that error is the one to be heard of.
                 await trio.lowlevel.checkpoint()
@@ -191,12 +191,10 @@ class TcpClient:
         if handler is None:
             raise TypeError("TcpClient.run: pass a handler, here or to the client")
         self._begin()
+        self._running = True
         await self._run(handler)
 
     async def _run(self, handler: Handler) -> None:
-        if self._running:
-            raise trio.BusyResourceError(f"{self.name}: this client is running already")
-        self._running = True
         try:
             while (conn := await self._next()) is not None:
                 async with self.session(conn):
@@ -213,6 +211,7 @@ class TcpClient:
         What `run` would raise cancels the block and leaves it.
         """
         self._begin()
+        self._running = True
         self._block = self._in_background()
         await self._block.__aenter__()
         return self
@@ -262,9 +261,10 @@ class TcpClient:
         peer has gone or broke the protocol does not leave the block: the loop around it goes on to
         the next connection. `force_close` cancels the block.
         """
-        conn.handler_scope = trio.CancelScope()
+        # The connection may have been ended since it was given.
+        scope = conn.handler_scope = conn.handler_scope or trio.CancelScope()
         try:
-            with conn.handler_scope:
+            with scope:
                 yield conn
             await conn.aclose()
         except Exception as error:
@@ -304,10 +304,13 @@ class TcpClient:
         self._connector.stop()
         if self._connection is not None:
             self._connection.force_close()
+        self._changes.unpark_all()
 
     # -- making connections
 
     def _begin(self) -> None:
+        if self._running:
+            raise trio.BusyResourceError(f"{self.name}: this client is in use already")
         self._wanted = True
         self._over = self._made_one = False
 
@@ -338,6 +341,9 @@ class TcpClient:
             with trio.CancelScope() as self._connecting:
                 stream = await self._connector.connect()
         except trio.ClosedResourceError:
+            if not self._stopped:
+                # Not the connector's: what the user's on_attempt raised.
+                raise
             return None
         finally:
             self._connecting = None
@@ -355,6 +361,7 @@ class TcpClient:
             watermarks=self._watermarks,
             timeouts=self._timeouts,
         )
+        conn.handler_scope = trio.CancelScope()
         self._counters.opened += 1
         self._made_one = True
         self._failures.clear()

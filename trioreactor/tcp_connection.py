@@ -289,8 +289,8 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         return self._read.eof
 
     async def wait_eof(self) -> None:
-        """Wait until the peer's EOF is next to be read, or the connection has ended, without
-        reading. Any number of tasks may wait, whoever reads meanwhile. Cancelling changes nothing.
+        """Wait until the peer's EOF is next to be read, or the connection has broken or ended,
+        without reading. Any number of tasks may wait, and one read. Cancelling changes nothing.
 
         For noticing that the peer has gone while one works for it. Unread input hides the EOF
         behind it. On the trio poller an EOF that comes while nobody reads is seen, a reset not.
