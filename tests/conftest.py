@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -138,3 +138,38 @@ async def cancelled_after(turns: int, fn: Callable[[], Awaitable[object]]) -> bo
             await fn()
         nursery.cancel_scope.cancel()
     return scope.cancelled_caught
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[trio.SocketListener]:
+    """A listening socket on loopback, whose connections the test takes itself."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        yield listener
+
+
+def address_of(listener: trio.SocketListener) -> tuple[str, int]:
+    """Where *listener* listens."""
+    host, port = listener.socket.getsockname()[:2]
+    return host, port
+
+
+@contextmanager
+def refusing() -> Iterator[socket.socket]:
+    """A socket on loopback that refuses, for nobody listens; nobody else can take its port."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock
+
+
+@contextmanager
+def unanswering() -> Iterator[tuple[str, int]]:
+    """An address on loopback that answers nothing: its queue is full, so SYNs are dropped."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(refusing())
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()

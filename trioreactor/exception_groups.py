@@ -15,7 +15,8 @@ def unwrapped() -> Generator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        error = lone(group)
+        # Not `lone`: a group within is one that the user made.
+        error = group.exceptions[0] if len(group.exceptions) == 1 else group
         context = error.__context__
         try:
             raise error

@@ -410,11 +410,12 @@ class ReadHalf:
             self.channel.failed = False
             if self._watching:
                 self.channel.want_read()
-        elif self.channel.failed and (self._on_message is not None or not unread):
+        elif (
             # A dispatch that is paused until better times must hear that none will come. Where
             # there is none, what came before the reset can still be read.
-            pending = pending_error(self._sock)
-            if pending is not None:
-                self._owner.on_receive_failed(pending)
+            (self.channel.failed and (self._on_message is not None or not unread))
+            and (pending := pending_error(self._sock)) is not None
+        ):
+            self._owner.on_receive_failed(pending)
         elif self._watching and not unread and not self.buffer.size:
             self._see_eof()
