@@ -28,7 +28,7 @@ from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # servers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, TypeVarTuple, cast
 
 import trio
 
@@ -22,8 +22,17 @@ Args = TypeVarTuple("Args")
 
 Handler = Callable[["TcpConnection"], Awaitable[object]]
 MessageCallback = Callable[["TcpConnection", "Buffer"], object]
+# The same for those that do not know whose connection it is.
+OnMessage = Callable[[Any, "Buffer"], object]
 WriteCompleteCallback = Callable[["TcpConnection"], object]
 WaterMarkCallback = Callable[["TcpConnection", int], object]
+
+
+# Ctrl-C has to get out of a callback that never returns; it is caught like every other error.
+@trio.lowlevel.disable_ki_protection
+def call_on_message(fn: OnMessage, conn: object, buffer: Buffer) -> None:
+    """Call a message callback, in a context that is protected from Ctrl-C."""
+    fn(conn, buffer)
 
 
 class ConnectionCallbacks:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextvars
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
 from trioreactor.buffer import Buffer
+from trioreactor.connection_callbacks import OnMessage, call_on_message
 from trioreactor.errors import ReceiveBufferFull
 from trioreactor.half_owner import GONE
 from trioreactor.sockets import broken, peek, pending_error
@@ -31,14 +32,7 @@ RECEIVE_SIZE = 65536
 # Takes the place of a dispatching task's.
 _NO_CONTEXT = contextvars.Context()
 
-OnMessage = Callable[[Any, Buffer], object]
 Args = TypeVarTuple("Args")
-
-
-# Ctrl-C has to get out of a callback that never returns; it is caught like every other error.
-@trio.lowlevel.disable_ki_protection
-def _call_user(fn: OnMessage, conn: object, buffer: Buffer) -> None:
-    fn(conn, buffer)
 
 
 class ReadHalf:
@@ -263,7 +257,7 @@ class ReadHalf:
         write = self._write
         write.corked = True
         try:
-            self._context.run(_call_user, on_message, self._conn, self.buffer)
+            self._context.run(call_on_message, on_message, self._conn, self.buffer)
         except BaseException as error:  # noqa: ASYNC103 dispatch raises it
             self._finish(error)
         write.uncork()
@@ -399,22 +393,25 @@ class ReadHalf:
             self._look_for_end()
 
     def _look_for_end(self) -> None:
-        """Nobody reads, and the poller saw something that may be the end."""
+        """Nobody reads, and the poller saw something that may be the end.
+
+        What came before a reset can still be read, but a paused dispatch must hear of it.
+        """
         try:
             unread = peek(self._sock)
         except OSError as error:
             self._owner.on_receive_failed(error)
             return
+        channel = self.channel
         if unread is None:
             # Or the event was meant for a former owner of this descriptor.
-            self.channel.failed = False
+            channel.failed = False
             if self._watching:
-                self.channel.want_read()
+                channel.want_read()
         elif (
-            # A dispatch that is paused until better times must hear that none will come. Where
-            # there is none, what came before the reset can still be read.
-            (self.channel.failed and (self._on_message is not None or not unread))
-            and (pending := pending_error(self._sock)) is not None
+            channel.failed
+            and (self.dispatching or not unread)
+            and (pending := pending_error(self._sock))
         ):
             self._owner.on_receive_failed(pending)
         elif self._watching and not unread and not self.buffer.size:
