@@ -97,9 +97,11 @@ class Connector:
         self._scope: trio.CancelScope | None = None
         # When the last one succeeded, until the next begins.
         self._connected_at: float | None = None
-        # Set while `retry` is off: nobody waits for another attempt.
-        self._no_retry = trio.Event()
-        self.retry = retry
+        # `reset_backoff` was called since.
+        self._proven = False
+        self._retry = retry
+        # Who waits for the delay's end: at most one.
+        self._waiting = trio.lowlevel.ParkingLot()
         self._connected = 0
         self._failures: Counter[str] = Counter()
 
@@ -130,14 +132,23 @@ class Connector:
         """Whether a round that failed is followed by another. Turned off while `connect` waits
         for the next, it raises `ConnectError` at once.
         """
-        return not self._no_retry.is_set()
+        return self._retry
 
     @retry.setter
     def retry(self, retry: bool) -> None:
+        self._retry = retry
         if not retry:
-            self._no_retry.set()
-        elif self._no_retry.is_set():
-            self._no_retry = trio.Event()
+            self._waiting.unpark_all()
+
+    def reset_backoff(self) -> None:
+        """Begin the delays anew, and end the one that is being waited for.
+
+        For those who know better than `Backoff.reset_after`: the login succeeded, so the server
+        works; or the network is back, so now is the time. From anywhere in the loop.
+        """
+        self._proven = True
+        self._delays.restart()
+        self._waiting.unpark_all()
 
     def statistics(self) -> ConnectorStatistics:
         """The counters as they are now."""
@@ -206,8 +217,8 @@ class Connector:
 
     async def _pause_after_connection(self) -> None:  # noqa: ASYNC910 connect has checkpoints
         """What a connection that was lost asks for before the next attempt."""
-        since = self._connected_at
-        if since is None or trio.current_time() - since >= self._delays.reset_after:
+        since, proven = self._connected_at, self._proven
+        if since is None or proven or trio.current_time() - since >= self._delays.reset_after:
             self._delays.restart()
             self._rounds.restart()
         if since is not None and self._rounds.complete and self.retry:
@@ -218,12 +229,13 @@ class Connector:
             if not self.retry:
                 raise ConnectError("no connection: retry was turned off", ())
         self._connected_at = None
+        self._proven = False
 
     async def _wait(self, delay: float) -> None:  # noqa: ASYNC910 connect has checkpoints
-        if delay:
+        if delay and self.retry:
             self._become(ConnectorState.WAITING)
             with trio.move_on_after(delay):
-                await self._no_retry.wait()
+                await self._waiting.park()
 
     async def _open(self, endpoint: Endpoint) -> trio.SocketStream | Exception:
         """The stream, or what the attempt failed by."""
@@ -324,6 +336,11 @@ async def open_tcp_connection(
     The options are those of `Connector`; of several endpoints each is tried once. Raises
     `ConnectError`, which is an `OSError`. Cancelled, it leaves no socket open.
     """
+    if unknown := options.keys() - ConnectOptions.__optional_keys__:
+        raise TypeError(
+            f"open_tcp_connection has no option {', '.join(sorted(unknown))}: it tries once; for more "
+            "make a Connector or a TcpClient"
+        )
     stream = await Connector(host, port, retry=False, **options).connect()
     return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
 

@@ -109,6 +109,10 @@ class TcpClient:
     def retry(self, retry: bool) -> None:
         self._connector.retry = retry
 
+    def reset_backoff(self) -> None:
+        """Begin the delays anew, and end the one that is being waited for: see `Connector`."""
+        self._connector.reset_backoff()
+
     def statistics(self) -> ClientStatistics:
         """The counters as they are now."""
         connector = self._connector.statistics()
