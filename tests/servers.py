@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import pytest
 import trio
 
 from tests.conftest import connect
@@ -103,6 +106,47 @@ async def serving_tcp(serve_tcp: ServeTcp, handler: Any, **options: Any) -> Asyn
         listeners = await nursery.start(partial(serve_tcp, handler, 0, host="127.0.0.1", **options))
         yield listeners[0].socket.getsockname()
         nursery.cancel_scope.cancel()
+
+
+def installed(name: str) -> str:
+    """Where a program is. Where it is not, the test is skipped, or fails if it is required."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if path is None:
+        if os.environ.get("TRIOREACTOR_REQUIRE_SERVERS") == "1":
+            pytest.fail(f"{name} is not installed, and TRIOREACTOR_REQUIRE_SERVERS=1 wants it")
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@contextmanager
+def unused_port() -> Iterator[int]:
+    """A port of loopback where nobody listens, and nobody will who is not told of it."""
+    with socket.socket() as sock:
+        # Bound without listening, it keeps out all but those who set the same option.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+@asynccontextmanager
+async def server_process(port: int, *command: object) -> AsyncIterator[trio.Process]:
+    """A server program, from when it listens on that port of loopback; killed at the end."""
+    process = await trio.lowlevel.open_process(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        with trio.fail_after(20):
+            while True:
+                with suppress(OSError):
+                    await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+                    break
+                assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+                await trio.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
 
 
 class ScriptedListener(socket.socket):

@@ -338,8 +338,8 @@ async def open_tcp_connection(
     """
     if unknown := options.keys() - ConnectOptions.__optional_keys__:
         raise TypeError(
-            f"open_tcp_connection has no option {', '.join(sorted(unknown))}: it tries once; for more "
-            "make a Connector or a TcpClient"
+            f"open_tcp_connection has no option {', '.join(sorted(unknown))}: it tries once; a "
+            "Connector or a TcpClient tries again"
         )
     stream = await Connector(host, port, retry=False, **options).connect()
     return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
