@@ -48,6 +48,8 @@ def places(
             return [(host, port)]
         if path is not None:
             return [os.fspath(path)]
+        if isinstance(endpoints, (str, bytes)):
+            raise TypeError(f"endpoints={endpoints!r}: pass a list of (host, port) and Unix paths")
         if endpoints is not None:
             return [os.fspath(at) if isinstance(at, os.PathLike) else at for at in endpoints]
     raise TypeError("pass both host and port, or path=..., or endpoints=[...]: one of the three")

@@ -17,6 +17,7 @@ from trioreactor.classic import SERVICES
 from trioreactor.connection_callbacks import Handler
 from trioreactor.demo_exhaustion import exhaustion
 from trioreactor.demo_load import CONNECTIONS, MESSAGE_SIZE, make_load
+from trioreactor.demo_reconnect import reconnect
 from trioreactor.demo_report import Report, Step, count, resident_memory
 from trioreactor.options import SocketOptions, Watermarks
 from trioreactor.state import CloseReason
@@ -357,5 +358,6 @@ STEPS = (
     Step("Out of descriptors, in a process of its own", exhaustion),
     Step("force_close() of a handler that waits to send", _force_close),
     Step("drain()", _drain),
+    Step("A client that loses its server, and returns", reconnect),
 )
 """All of them, in order."""

@@ -7,7 +7,7 @@ on one end).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -38,12 +38,16 @@ class ConnectError(TrioReactorError, OSError):
     """The attempts that failed, oldest first: the last ones, if they were very many."""
 
     def __init__(self, text: str, attempts: Sequence[ConnectAttempt]) -> None:
-        self.attempts = tuple(attempts)
-        last = attempts[-1].error if attempts else None
         super().__init__(text)
+        self.attempts = tuple(attempts)
+        last = self.attempts[-1].error if attempts else None
         if isinstance(last, OSError):
             self.errno = last.errno
         self.__cause__ = last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError's own would make the copy from the text alone.
+        return type(self), (*self.args, self.attempts)
 
 
 class NotConnected(TrioReactorError, trio.BrokenResourceError):
@@ -70,7 +74,11 @@ class ReceiveBufferFull(ProtocolError):
     """
 
     def __init__(self, size: int, limit: int) -> None:
-        super().__init__(
+        super().__init__(size, limit)
+
+    def __str__(self) -> str:
+        size, limit = self.args
+        return (
             f"on_message left {size} bytes unconsumed, and receive_limit is {limit}: raise "
             "Watermarks(receive_limit=...), or call stop_reading() to wait on purpose"
         )

@@ -39,8 +39,9 @@ def without_frames(error: E) -> E:
     For errors that are remembered: a traceback holds on to frames, and those to all that they use.
     """
     error.__traceback__ = error.__context__ = None
-    for inner in members(error) or ():
-        without_frames(inner)
+    for inner in (*(members(error) or ()), error.__cause__):
+        if inner is not None:
+            without_frames(inner)
     return error
 
 
