@@ -45,7 +45,7 @@ class Backoff:
     """How chance shortens a delay. ``"full"``: anything up to the ceiling. ``"equal"``: at least
     half of it. A number from 0 to 1: at most this part is taken away. ``"none"``: nothing, and
     clients that fail together come back together. ``"decorrelated"``: anything from `initial` to
-    three times the delay before. (full: of these the least load on a server that comes back)"""
+    three times the delay before. (full: it spreads a crowd the widest from the first attempt on)"""
     reset_after: float = 10.0
     """A connection that lived this many seconds makes the delays begin anew; a shorter one does
     not. (long enough to tell a server that works from one that accepts and closes)"""
@@ -113,7 +113,10 @@ class Delays:
     def next(self) -> float | None:
         """The next delay; None if there are no more."""
         delay = next(self._iterator, None)
-        if delay is not None and not 0 <= delay < math.inf:
+        if delay is None:
+            return None
+        number = isinstance(delay, (int, float)) and not isinstance(delay, bool)
+        if not number or not 0 <= delay < math.inf:
             raise ValueError(f"the backoff gave {delay!r}: every delay must be 0 seconds or more")
         return delay
 
