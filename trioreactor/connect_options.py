@@ -35,6 +35,12 @@ class RetryOptions(ConnectOptions, total=False):
     retry: bool
 
 
+def check_on_attempt(on_attempt: object) -> None:
+    """Raise unless it can be called, or is None."""
+    if on_attempt is not None and not callable(on_attempt):
+        raise TypeError(f"on_attempt={on_attempt!r}: pass a function, or None")
+
+
 def places(
     host: str | None,
     port: int | None,

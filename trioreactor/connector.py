@@ -16,7 +16,14 @@ from typing import Unpack
 import trio
 
 from trioreactor.backoff import Backoff, Delays
-from trioreactor.connect_options import ConnectOptions, OnAttempt, Place, local_end, places
+from trioreactor.connect_options import (
+    ConnectOptions,
+    OnAttempt,
+    Place,
+    check_on_attempt,
+    local_end,
+    places,
+)
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
 from trioreactor.errors import ConnectError
 from trioreactor.exception_groups import members, without_frames
@@ -83,8 +90,7 @@ class Connector:
     ) -> None:
         check_seconds("Connector", "connect_timeout", connect_timeout)
         check_count("Connector", "max_attempts", max_attempts, least=1, unit="attempts")
-        if on_attempt is not None and not callable(on_attempt):
-            raise TypeError(f"Connector(on_attempt={on_attempt!r}): pass a function, or None")
+        check_on_attempt(on_attempt)
         self._rounds = Rounds(places(host, port, path, endpoints), chooser)
         self._delays = Delays(backoff)
         self._connect_timeout = connect_timeout

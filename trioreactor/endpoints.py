@@ -63,9 +63,7 @@ def check_endpoint(endpoint: object) -> Endpoint:
             )
         if "\0" in endpoint[1:]:
             # The kernel would take what stands before it.
-            raise ValueError(
-                f"endpoint {endpoint!r}: a NUL can only be its first character"
-            )
+            raise ValueError(f"endpoint {endpoint!r}: a NUL can only be its first character")
         if len(endpoint.encode("utf-8", "surrogateescape")) > _LONGEST_PATH:
             raise ValueError(
                 f"endpoint {endpoint!r}: a Unix socket's path has at most {_LONGEST_PATH} bytes"

@@ -14,13 +14,13 @@ import trio
 
 from trioreactor.address import format_address
 from trioreactor.client_statistics import ClientStatistics
-from trioreactor.connect_options import RetryOptions
+from trioreactor.connect_options import RetryOptions, check_on_attempt
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
 from trioreactor.connector import REMEMBERED, Connector, connection_on
 from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
-from trioreactor.exception_groups import unwrapped
+from trioreactor.exception_groups import unwrapped, without_frames
 from trioreactor.handler_errors import close_and_log, is_peers_doing
 from trioreactor.options import Timeouts, Watermarks, check_count
 from trioreactor.sockets import peer_of
@@ -64,6 +64,7 @@ class TcpClient:
         self._watermarks = watermarks
         self._timeouts = timeouts
         self._on_attempt = options.get("on_attempt")
+        check_on_attempt(self._on_attempt)
         self._connector = Connector(host, port, **(options | {"on_attempt": self._attempted}))
         # The one that lives, or has ended and is not counted yet.
         self._connection: TcpConnection | None = None
@@ -276,6 +277,9 @@ class TcpClient:
                 conn.force_close(CloseReason.HANDLER_ERROR)
                 raise
             close_and_log(conn, error, logger)
+            # Its traceback has this frame, whose caller holds on to it: a circle, which would keep
+            # the connection.
+            without_frames(error)
         finally:
             self._forget(conn)
 
