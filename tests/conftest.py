@@ -173,3 +173,24 @@ def unanswering() -> Iterator[tuple[str, int]]:
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         yield listener.getsockname()
+
+
+async def accepted(listener: trio.SocketListener) -> trio.SocketStream:
+    """The server's end of the next connection, once the client has its own; within bounds."""
+    with trio.fail_after(10):
+        stream = await listener.accept()
+    try:
+        await trio.testing.wait_all_tasks_blocked()
+    except trio.Cancelled:
+        stream.socket.close()
+        raise
+    return stream
+
+
+async def everything(stream: trio.abc.ReceiveStream) -> bytes:
+    """What comes until EOF, within bounds."""
+    got = bytearray()
+    with trio.fail_after(10):
+        while chunk := await stream.receive_some():
+            got += chunk
+    return bytes(got)

@@ -43,7 +43,7 @@ def test_demo() -> None:
     assert f"{os.environ.get('TRIOREACTOR_POLLER', '')} poller" in lines[0]
     titles = [line for line in lines if re.match(r"\d\. ", line)]
     assert titles == [f"{number}. {step.title}" for number, step in enumerate(STEPS, 1)]
-    assert len(titles) == 6
+    assert len(titles) == 7
     assert lines[-1] == "Everything held."
     assert "!!" not in out
     # What each step is there to show.
@@ -58,6 +58,10 @@ def test_demo() -> None:
     assert "reason FORCED, peer saw EOF" in out
     assert "reason FORCED, peer saw a reset" in out
     assert "9 finished, 1 forced, 0 stuck" in out
+    assert re.search(r"Connection refused; the next in 0\.\d\d s", out)
+    assert re.search(r"raised NotConnected [1-9]\d* times", out)
+    assert re.search(r"and so is the client +after \d+ ms: \d+ answers", out)
+    assert re.search(r"\d attempts, failed: \d ECONNREFUSED\n +2 connections, closed: ", out)
 
 
 def test_ctrl_c() -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -428,7 +428,9 @@ def test_examples_run_by_hand(tmp_path: Path) -> None:
             line = program.stdout.readline()
             found = re.search(r"127\.0\.0\.1:(\d+)", line)
             assert found, f"{name} said {line!r}"
-            socket.create_connection(("127.0.0.1", int(found[1])), timeout=20).close()
+            # A balancer whose backends are not there resets, which connect itself can be told of.
+            with suppress(ConnectionResetError):
+                socket.create_connection(("127.0.0.1", int(found[1])), timeout=20).close()
             program.send_signal(signal.SIGINT)
             _, errors = program.communicate(timeout=20)
             assert (program.returncode, errors) == (0, ""), name

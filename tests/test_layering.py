@@ -78,6 +78,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "demo",
             "demo_exhaustion",
             "demo_load",
+            "demo_reconnect",
             "demo_report",
             "demo_steps",
         },

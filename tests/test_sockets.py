@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from tests.conftest import open_descriptors, tcp_pair, unix_pair, until
+from tests.conftest import open_descriptors, refusing, reset, tcp_pair, unix_pair, until
 from trioreactor import Keepalive, SocketOptions, TcpInfo, open_tcp_acceptors
 from trioreactor.sockets import (
     ACCEPT_DESCRIPTOR_ERRNOS,
     ACCEPT_MEMORY_ERRNOS,
     ACCEPT_PEER_ERRNOS,
     ACCEPTED_SOCKETS_INHERIT,
+    CONNECT_FINAL_ERRNOS,
+    RESOLVE_FINAL_ERRNOS,
     apply_before_bind,
     apply_to_connection,
     broken,
+    can_pass,
     is_tcp,
+    peek,
+    pending_error,
     read_tcp_info,
     reset_on_close,
     stdlib_twin,
@@ -129,6 +137,189 @@ def test_broken() -> None:
     assert type(wrapped) is trio.BrokenResourceError
     assert wrapped.__cause__ is error
     assert os.strerror(errno.ECONNRESET) in str(wrapped)
+
+
+# -- errors of connect
+
+
+# What connect(2), socket(2), bind(2) can say that time, or somebody else, may cure.
+CURABLE = [
+    "ECONNREFUSED",  # nobody listens yet
+    "ENETUNREACH",  # the route may come back
+    "EHOSTUNREACH",
+    "EHOSTDOWN",
+    "ENETDOWN",
+    "ETIMEDOUT",
+    "ECONNRESET",
+    "ECONNABORTED",
+    "EADDRINUSE",  # a port may come free
+    "EADDRNOTAVAIL",  # an address may be given to this machine, a port may come free
+    "EAGAIN",  # the Unix socket's queue is full
+    "EMFILE",  # a descriptor may come free
+    "ENFILE",
+    "ENOBUFS",
+    "ENOMEM",
+    "ENOENT",  # the Unix socket's server has not bound it yet
+    "EINTR",
+    "EIO",
+]
+
+
+@pytest.mark.parametrize("name", CURABLE)
+def test_errors_that_can_pass(name: str) -> None:
+    """What time or somebody else may cure is worth another attempt."""
+    number = getattr(errno, name)
+    assert number not in CONNECT_FINAL_ERRNOS
+    assert can_pass(OSError(number, os.strerror(number)))
+
+
+@pytest.mark.parametrize("number", sorted(CONNECT_FINAL_ERRNOS))
+def test_errors_that_cannot_pass(number: int) -> None:
+    """What the next attempt would meet again is worth none."""
+    assert not can_pass(OSError(number, os.strerror(number)))
+
+
+def test_the_final_errors() -> None:
+    """They are those of a missing permission, a missing family, an address that cannot be."""
+    names = {
+        "EACCES",
+        "EPERM",
+        "EAFNOSUPPORT",
+        "EPROTONOSUPPORT",
+        "EPROTOTYPE",
+        "EINVAL",
+        "ENOTSOCK",
+        "ENAMETOOLONG",
+    }
+    assert {errno.errorcode[number] for number in CONNECT_FINAL_ERRNOS} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("EAI_AGAIN", True),
+        ("EAI_FAIL", True),
+        ("EAI_NONAME", True),
+        ("EAI_NODATA", True),
+        ("EAI_MEMORY", True),
+        ("EAI_SYSTEM", True),
+        ("EAI_FAMILY", False),
+        ("EAI_SERVICE", False),
+        ("EAI_SOCKTYPE", False),
+        ("EAI_BADFLAGS", False),
+    ],
+)
+def test_errors_of_the_resolver(name: str, passes: bool) -> None:
+    """A name may become known and a server may answer; a question that is wrong stays so."""
+    number = getattr(socket, name)
+    assert can_pass(socket.gaierror(number, "text")) is passes
+    assert (number in RESOLVE_FINAL_ERRNOS) is not passes
+
+
+def test_resolver_numbers_are_no_errnos() -> None:
+    """The two kinds of numbers are kept apart, also where they are the same."""
+    for number in CONNECT_FINAL_ERRNOS - RESOLVE_FINAL_ERRNOS:
+        assert can_pass(socket.gaierror(number, "text"))
+    for number in RESOLVE_FINAL_ERRNOS - CONNECT_FINAL_ERRNOS:
+        assert can_pass(OSError(number, "text"))
+
+
+def test_errors_without_a_number() -> None:
+    """An error of the system that does not say which can pass; what is none of the system cannot:
+    a name that DNS has no spelling for stays so.
+    """
+    assert can_pass(OSError("text"))
+    assert can_pass(TimeoutError(errno.ETIMEDOUT, "text"))
+    assert not can_pass(UnicodeError("label too long"))
+    assert not can_pass(ValueError("text"))
+
+
+def test_groups_of_errors() -> None:
+    """One address that may answer is enough; where none may, the host is given up."""
+    passing, final = OSError(errno.ECONNREFUSED, "refused"), OSError(errno.EACCES, "denied")
+    assert can_pass(ExceptionGroup("", [final, passing]))
+    assert can_pass(ExceptionGroup("", [final, ExceptionGroup("", [final, passing])]))
+    assert not can_pass(ExceptionGroup("", [final, final]))
+    assert not can_pass(ExceptionGroup("", [ExceptionGroup("", [final])]))
+
+
+@linux
+def test_errors_of_real_connects(tmp_path: Path) -> None:
+    """What the kernel says to a connect is of the class that its cause asks for."""
+
+    def error_of(family: int, address: Any) -> OSError:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            number = sock.connect_ex(address)
+        return OSError(number, os.strerror(number))
+
+    with refusing() as nobody:
+        assert can_pass(error_of(socket.AF_INET, nobody.getsockname()))
+    # The server is not there yet, or has left its socket behind.
+    path = tmp_path / "socket"
+    assert can_pass(error_of(socket.AF_UNIX, str(path)))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(str(path))
+        # Of another type, for ever.
+        assert not can_pass(error_of(socket.AF_UNIX, str(path)))
+    assert can_pass(error_of(socket.AF_UNIX, str(path)))
+    if have_ipv6():
+        # Link-local, and it does not say on which link.
+        assert not can_pass(error_of(socket.AF_INET6, ("fe80::1", 9)))
+
+
+# -- what waits in a socket
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peek(family: int) -> None:
+    """It sees what is unread, and leaves it; nothing is None, the end is empty."""
+    left, right = linked(SocketOptions(), family)
+    with left, right:
+        right.setblocking(False)
+        assert peek(right) is None
+        left.sendall(b"xyz")
+        left.shutdown(socket.SHUT_WR)
+        assert select.select([right], [], [], 10)[0]
+        assert peek(right) == peek(right) == b"x"
+        assert right.recv(100) == b"xyz"
+        # The end comes at once after the data or a little later.
+        assert select.select([right], [], [], 10)[0]
+        assert peek(right) == peek(right) == b""
+
+
+def test_peek_at_a_reset() -> None:
+    """A broken connection raises, and has told of it by that."""
+    left, right = linked(SocketOptions(), socket.AF_INET)
+    with right:
+        right.setblocking(False)
+        reset(left)
+        assert select.select([right], [], [], 10)[0]
+        with pytest.raises(ConnectionResetError):
+            peek(right)
+        assert pending_error(right) is None
+
+
+def test_pending_error() -> None:
+    """The kernel's note is taken: it is there once."""
+    left, right = linked(SocketOptions(), socket.AF_INET)
+    with right:
+        assert pending_error(right) is None
+        reset(left)
+        assert select.select([right], [], [], 10)[0]
+        error = pending_error(right)
+        assert isinstance(error, ConnectionResetError)
+        assert error.errno == errno.ECONNRESET
+        assert str(error) == f"[Errno {errno.ECONNRESET}] {os.strerror(errno.ECONNRESET)}"
+        assert pending_error(right) is None
+
+
+def test_pending_error_of_a_connect() -> None:
+    """So a connect that was begun and refused tells why."""
+    with refusing() as nobody, socket.socket() as sock:
+        sock.setblocking(False)
+        assert sock.connect_ex(nobody.getsockname()) in (errno.EINPROGRESS, errno.ECONNREFUSED)
+        assert select.select([], [sock], [], 10)[1]
+        assert isinstance(pending_error(sock), ConnectionRefusedError)
 
 
 # -- options

@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 
 import trioreactor
-from tests.conftest import tcp_pair
-from trioreactor import CloseReason, ConnectionState, IllegalStateTransition
+from tests.conftest import refusing, tcp_pair
+from trioreactor import (
+    CloseReason,
+    ConnectError,
+    ConnectionState,
+    Connector,
+    IllegalStateTransition,
+)
 from trioreactor.state import (
     CONNECTOR_TRANSITIONS,
     TRANSITIONS,
@@ -35,6 +41,23 @@ LEGAL = {
 }
 
 
+IDLE = ConnectorState.IDLE
+WAITING = ConnectorState.WAITING
+STOPPED = ConnectorState.STOPPED
+
+CONNECTOR_LEGAL = {
+    (IDLE, ConnectorState.CONNECTING),
+    (IDLE, WAITING),
+    (ConnectorState.CONNECTING, ConnectorState.CONNECTED),
+    (ConnectorState.CONNECTING, WAITING),
+    (ConnectorState.CONNECTING, IDLE),
+    (WAITING, ConnectorState.CONNECTING),
+    (WAITING, IDLE),
+    (ConnectorState.CONNECTED, IDLE),
+    *((state, STOPPED) for state in ConnectorState if state is not STOPPED),
+}
+
+
 @pytest.mark.parametrize(("old", "new"), list(product(ConnectionState, repeat=2)))
 def test_every_move(old: ConnectionState, new: ConnectionState) -> None:
     """Of the sixteen moves exactly five are legal: forwards, and never to where one is."""
@@ -43,6 +66,16 @@ def test_every_move(old: ConnectionState, new: ConnectionState) -> None:
     else:
         with pytest.raises(IllegalStateTransition, match=f"{old.name} can become .*{new.name}"):
             check_transition(TRANSITIONS, old, new)
+
+
+@pytest.mark.parametrize(("old", "new"), list(product(ConnectorState, repeat=2)))
+def test_every_move_of_a_connector(old: ConnectorState, new: ConnectorState) -> None:
+    """Of the twenty-five moves twelve are legal: to and fro, but a stopped one stays stopped."""
+    if (old, new) in CONNECTOR_LEGAL:
+        check_transition(CONNECTOR_TRANSITIONS, old, new)
+    else:
+        with pytest.raises(IllegalStateTransition, match=f"{old.name} can become .*{new.name}"):
+            check_transition(CONNECTOR_TRANSITIONS, old, new)
 
 
 def test_an_error_names_what_would_be_legal() -> None:
@@ -56,9 +89,13 @@ def test_an_error_names_what_would_be_legal() -> None:
 def test_the_table_cannot_be_changed() -> None:
     """The table is complete and read-only, its rows included."""
     assert set(TRANSITIONS) == set(ConnectionState)
+    assert set(CONNECTOR_TRANSITIONS) == set(ConnectorState)
     with pytest.raises(TypeError):
         TRANSITIONS[DISCONNECTED] = frozenset({CONNECTED})  # type: ignore[index]
-    assert all(isinstance(row, frozenset) for row in TRANSITIONS.values())
+    with pytest.raises(TypeError):
+        CONNECTOR_TRANSITIONS[STOPPED] = frozenset({IDLE})  # type: ignore[index]
+    for row in (*TRANSITIONS.values(), *CONNECTOR_TRANSITIONS.values()):
+        assert isinstance(row, frozenset)
 
 
 async def test_an_illegal_move_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -75,6 +112,37 @@ async def test_an_illegal_move_changes_nothing(caplog: pytest.LogCaptureFixture)
         left.send(b"still open")
 
 
+def test_an_illegal_move_changes_nothing_in_a_connector(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A connector that is asked for an illegal move raises, stays as it was, and logs no move."""
+    caplog.set_level(logging.DEBUG, "trioreactor")
+    connector = Connector("192.0.2.1", 7)
+    with pytest.raises(IllegalStateTransition):
+        connector._become(ConnectorState.CONNECTED)
+    assert connector.state is IDLE
+    connector.stop()
+    with pytest.raises(IllegalStateTransition):
+        connector._become(ConnectorState.CONNECTING)
+    assert connector.state is STOPPED
+    assert [r.getMessage() for r in caplog.records] == ["connector: IDLE -> STOPPED"]
+
+
+async def test_each_move_of_a_connector_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Every move is one debug line."""
+    caplog.set_level(logging.DEBUG, "trioreactor.connector")
+    with refusing() as nobody:
+        connector = Connector(*nobody.getsockname(), backoff=[0.001])
+        with pytest.raises(ConnectError):
+            await connector.connect()
+    assert [r.getMessage() for r in caplog.records if "->" in r.getMessage()] == [
+        "connector: IDLE -> CONNECTING",
+        "connector: CONNECTING -> WAITING",
+        "connector: WAITING -> CONNECTING",
+        "connector: CONNECTING -> IDLE",
+    ]
+
+
 async def test_each_move_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Every move is one debug line with the connection's name."""
     caplog.set_level(logging.DEBUG, "trioreactor.connection")
@@ -89,24 +157,31 @@ async def test_each_move_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         ]
 
 
+def assigners(path: Path, attribute: str) -> set[str]:
+    """The functions in *path* that assign an attribute of that name."""
+    return {
+        f"{path.stem}.{function.name}"
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and node.attr == attribute
+        and isinstance(node.ctx, ast.Store)
+    }
+
+
 def test_one_place_sets_the_state() -> None:
-    """No code but the one setter assigns a connection's state, apart from its first value."""
+    """No code but the one setter assigns a connection's state, apart from its first value; nor a
+    connector's.
+    """
     setters = set()
     for path in Path(trioreactor.__file__).parent.glob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        if "ConnectionState" not in source:
-            # Whatever it calls a state is none of a connection's.
-            continue
-        for function in ast.walk(ast.parse(source)):
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                setters |= {
-                    f"{path.stem}.{function.name}"
-                    for node in ast.walk(function)
-                    if isinstance(node, ast.Attribute)
-                    and node.attr == "state"
-                    and isinstance(node.ctx, ast.Store)
-                }
+        if "ConnectionState" in path.read_text(encoding="utf-8"):
+            # Else whatever it calls a state is none of a connection's.
+            setters |= assigners(path, "state")
     assert setters == {"lifecycle.__init__", "lifecycle._become"}
+    connector = Path(trioreactor.__file__).with_name("connector.py")
+    assert assigners(connector, "_state") == {"connector.__init__", "connector._become"}
 
 
 def test_close_reasons() -> None:
@@ -126,7 +201,7 @@ def test_close_reasons() -> None:
         "HANDLER_ERROR",
         "DRAIN_TIMEOUT",
     }
-    for member in (*CloseReason, *ConnectionState):
+    for member in (*CloseReason, *ConnectionState, *ConnectorState):
         assert member.value == member.name.lower()
 
 
@@ -145,6 +220,16 @@ def test_the_diagram_is_the_table() -> None:
         ("[*]", "CONNECTED"),
         ("DISCONNECTED", "[*]"),
     }
+
+
+def test_the_connectors_diagram_is_its_table() -> None:
+    """The same for a connector's, which begins idle and ends stopped."""
+    lines = state_diagram(CONNECTOR_TRANSITIONS, starts=[IDLE]).splitlines()
+    assert lines[0] == "stateDiagram-v2"
+    assert sorted(line.strip() for line in lines[1:]) == sorted(
+        ["[*] --> IDLE", "STOPPED --> [*]"]
+        + [f"{old.name} --> {new.name}" for old, new in CONNECTOR_LEGAL]
+    )
 
 
 def test_the_documentation_shows_the_table() -> None:
