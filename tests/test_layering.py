@@ -67,7 +67,14 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "assemblies",
-        {"callbacks", "client_statistics", "server_statistics", "tcp_client", "tcp_server"},
+        {
+            "callbacks",
+            "client_session",
+            "client_statistics",
+            "server_statistics",
+            "tcp_client",
+            "tcp_server",
+        },
     ),
     (
         "around it",

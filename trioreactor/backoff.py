@@ -112,8 +112,9 @@ class Delays:
 
     def next(self) -> float | None:
         """The next delay; None if there are no more."""
-        delay = next(self._iterator, None)
-        if delay is None:
+        try:
+            delay = next(self._iterator)
+        except StopIteration:
             return None
         number = isinstance(delay, (int, float)) and not isinstance(delay, bool)
         if not number or not 0 <= delay < math.inf:

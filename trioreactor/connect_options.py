@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypedDict
 
 from trioreactor.backoff import Backoff
@@ -36,9 +37,19 @@ class RetryOptions(ConnectOptions, total=False):
 
 
 def check_on_attempt(on_attempt: object) -> None:
-    """Raise unless it can be called, or is None."""
-    if on_attempt is not None and not callable(on_attempt):
-        raise TypeError(f"on_attempt={on_attempt!r}: pass a function, or None")
+    """Raise unless it is None, or a function that returns at once."""
+    if on_attempt is None:
+        return
+    if not callable(on_attempt) or inspect.iscoroutinefunction(on_attempt):
+        raise TypeError(f"on_attempt={on_attempt!r}: pass a plain function, or None")
+
+
+def check_known(owner: str, options: Mapping[str, object], kind: type[ConnectOptions]) -> None:
+    """Raise for an option that *kind* does not have: it may be caught here only."""
+    # A TypedDict has this, but its type does not say so.
+    unknown = options.keys() - getattr(kind, "__optional_keys__")  # noqa: B009
+    if unknown:
+        raise TypeError(f"{owner} has no option {', '.join(sorted(unknown))}")
 
 
 def places(

@@ -20,6 +20,7 @@ from trioreactor.connect_options import (
     ConnectOptions,
     OnAttempt,
     Place,
+    check_known,
     check_on_attempt,
     local_end,
     places,
@@ -28,7 +29,14 @@ from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
 from trioreactor.errors import ConnectError
 from trioreactor.exception_groups import members, without_frames
 from trioreactor.happy_eyeballs import connect_tcp, connect_unix
-from trioreactor.options import SocketOptions, Timeouts, Watermarks, check_count, check_seconds
+from trioreactor.options import (
+    SocketOptions,
+    Timeouts,
+    Watermarks,
+    check_count,
+    check_kinds,
+    check_seconds,
+)
 from trioreactor.sockets import can_pass, peer_of
 from trioreactor.state import CONNECTOR_TRANSITIONS, ConnectorState, check_transition
 from trioreactor.tcp_connection import TcpConnection
@@ -87,10 +95,14 @@ class Connector:
         local_address: str | tuple[str, int] | None = None,
         socket_options: SocketOptions = SocketOptions(),
         on_attempt: OnAttempt | None = None,
+        name: str = "connector",
     ) -> None:
+        check_kinds("Connector", socket_options=socket_options)
         check_seconds("Connector", "connect_timeout", connect_timeout)
         check_count("Connector", "max_attempts", max_attempts, least=1, unit="attempts")
         check_on_attempt(on_attempt)
+        self.name = name
+        """For the log."""
         self._rounds = Rounds(places(host, port, path, endpoints), chooser)
         self._delays = Delays(backoff)
         self._connect_timeout = connect_timeout
@@ -120,7 +132,7 @@ class Connector:
         """The only setter of the state."""
         if state is not self._state:
             check_transition(CONNECTOR_TRANSITIONS, self._state, state)
-            logger.debug("connector: %s -> %s", self._state.name, state.name)
+            logger.debug("%s: %s -> %s", self.name, self._state.name, state.name)
             self._state = state
 
     @property
@@ -219,7 +231,8 @@ class Connector:
             if self._rounds.complete and not self.retry:
                 break
         last = failed[-1]
-        raise ConnectError(f"no connection (attempt {last.number} was the last): {last}", failed)
+        tries = "1 attempt" if last.number == 1 else f"{last.number} attempts"
+        raise ConnectError(f"no connection after {tries}: {last}", failed)
 
     async def _pause_after_connection(self) -> None:  # noqa: ASYNC910 connect has checkpoints
         """What a connection that was lost asks for before the next attempt."""
@@ -231,11 +244,18 @@ class Connector:
             delay = self._delays.next()
             if delay is None:
                 raise ConnectError("no connection: the backoff has no further delay", ())
+            self._log_loss(trio.current_time() - since, delay)
             await self._wait(delay)
             if not self.retry:
                 raise ConnectError("no connection: retry was turned off", ())
         self._connected_at = None
         self._proven = False
+
+    def _log_loss(self, lived: float, delay: float) -> None:
+        # A server that accepts and closes at once looks well from everywhere else.
+        level = logging.WARNING if lived < self._delays.reset_after else logging.INFO
+        text = "%s: connected %.1f s ago and to connect again; next attempt in %.1f s"
+        logger.log(level, text, self.name, lived, delay)
 
     async def _wait(self, delay: float) -> None:  # noqa: ASYNC910 connect has checkpoints
         if delay and self.retry:
@@ -312,12 +332,12 @@ class Connector:
 
     def _tell(self, attempt: ConnectAttempt) -> None:
         if attempt.error is None:
-            logger.info("%s", attempt)
+            logger.info("%s: %s", self.name, attempt)
         elif attempt.delay is None:
             # `connect` raises it.
-            logger.debug("%s; no further attempt", attempt)
+            logger.debug("%s: %s; no further attempt", self.name, attempt)
         else:
-            logger.warning("%s; next attempt in %.1f s", attempt, attempt.delay)
+            logger.warning("%s: %s; next attempt in %.1f s", self.name, attempt, attempt.delay)
         if self._on_attempt is not None:
             self._on_attempt(attempt)
         # By that function, or in the very turn that ended the attempt.
@@ -342,12 +362,10 @@ async def open_tcp_connection(
     The options are those of `Connector`; of several endpoints each is tried once. Raises
     `ConnectError`, which is an `OSError`. Cancelled, it leaves no socket open.
     """
-    if unknown := options.keys() - ConnectOptions.__optional_keys__:
-        raise TypeError(
-            f"open_tcp_connection has no option {', '.join(sorted(unknown))}: it tries once; a "
-            "Connector or a TcpClient tries again"
-        )
-    stream = await Connector(host, port, retry=False, **options).connect()
+    check_known("open_tcp_connection", options, ConnectOptions)
+    check_kinds("open_tcp_connection", watermarks=watermarks, timeouts=timeouts)
+    connector = Connector(host, port, name=name or "connection", retry=False, **options)
+    stream = await connector.connect()
     return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from trioreactor.errors import ProtocolError
-from trioreactor.state import CloseReason
+from trioreactor.state import CloseReason, ConnectionState
 
 if TYPE_CHECKING:
     from trioreactor.tcp_connection import TcpConnection
@@ -19,7 +19,9 @@ logger = logging.getLogger("trioreactor.server")
 def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
     """Why *conn* is to be closed after its handler raised *error*."""
     if is_consequence(conn, error):
-        return conn.close_reason or CloseReason.PEER_RESET
+        if conn.close_reason is None:
+            return CloseReason.PEER_RESET if conn.broken else CloseReason.LOCAL_CLOSE
+        return conn.close_reason
     if not _others(error, ProtocolError):
         return CloseReason.PROTOCOL_ERROR
     return CloseReason.HANDLER_ERROR
@@ -54,7 +56,10 @@ def is_consequence(conn: TcpConnection, error: BaseException) -> bool:
         return False
     if conn.broken and not _others(error, trio.BrokenResourceError):
         return True
-    return conn.close_reason is not None and not _others(error, trio.ClosedResourceError)
+    # `draining` and no longer CONNECTED: it was not the handler who half-closed.
+    half_closed = conn.state is ConnectionState.DISCONNECTING and conn.draining.is_set()
+    ended = conn.close_reason is not None or conn.closing or half_closed
+    return ended and not _others(error, trio.ClosedResourceError)
 
 
 def _others(error: BaseException, kind: type[Exception]) -> bool:

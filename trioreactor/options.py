@@ -42,6 +42,14 @@ def check_seconds(owner: str, name: str, value: object, *, zero: bool = False) -
         raise ValueError(f"{owner}({name}={value!r}): pass {bound} seconds, or None for off")
 
 
+def check_kinds(owner: str, **values: object) -> None:
+    """Raise for an option that is no `Watermarks`, `Timeouts`, ... as its name says."""
+    for name, value in values.items():
+        kind = _KINDS[name]
+        if not isinstance(value, kind):
+            raise TypeError(f"{owner}({name}={value!r}): pass {kind.__name__}(...)")
+
+
 def _check_present(owner: str, **values: object) -> None:
     """Raise for a None where there is nothing to turn off."""
     for name, value in values.items():
@@ -193,3 +201,11 @@ class Limits:
                 )
         if self.when_full not in ("wait", "reject"):
             raise ValueError(f'Limits(when_full={self.when_full!r}): pass "wait" or "reject"')
+
+
+_KINDS: dict[str, type] = {
+    "watermarks": Watermarks,
+    "timeouts": Timeouts,
+    "socket_options": SocketOptions,
+    "limits": Limits,
+}

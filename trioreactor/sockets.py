@@ -64,7 +64,7 @@ ACCEPT_MEMORY_ERRNOS = _errnos("ENOBUFS", "ENOMEM")
 # connect(2), and socket(2) and bind(2) before it: what another attempt would meet again. Everything
 # else can pass: the server is started, the route comes back, a port or a descriptor comes free.
 CONNECT_FINAL_ERRNOS = _errnos(
-    "EACCES",  # not allowed: a Unix socket's mode, a broadcast address, a security module
+    "EACCES",  # not allowed: a Unix socket's mode, a firewall, a security module
     "EPERM",  # a firewall rule of this machine forbids it
     "EAFNOSUPPORT",  # this machine does not have the address family
     "EPROTONOSUPPORT",  # nor the protocol

@@ -13,16 +13,16 @@ from typing import Self, Unpack
 import trio
 
 from trioreactor.address import format_address
+from trioreactor.client_session import ClientSession
 from trioreactor.client_statistics import ClientStatistics
-from trioreactor.connect_options import RetryOptions, check_on_attempt
+from trioreactor.connect_options import RetryOptions, check_known, check_on_attempt
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
 from trioreactor.connector import REMEMBERED, Connector, connection_on
 from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
-from trioreactor.exception_groups import unwrapped, without_frames
-from trioreactor.handler_errors import close_and_log, is_peers_doing
-from trioreactor.options import Timeouts, Watermarks, check_count
+from trioreactor.exception_groups import unwrapped
+from trioreactor.options import Timeouts, Watermarks, check_count, check_kinds
 from trioreactor.sockets import peer_of
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
@@ -63,9 +63,13 @@ class TcpClient:
         self._handler = handler
         self._watermarks = watermarks
         self._timeouts = timeouts
+        check_known("TcpClient", options, RetryOptions)
+        check_kinds("TcpClient", watermarks=watermarks, timeouts=timeouts)
         self._on_attempt = options.get("on_attempt")
         check_on_attempt(self._on_attempt)
-        self._connector = Connector(host, port, **(options | {"on_attempt": self._attempted}))
+        self._connector = Connector(
+            host, port, name=name, **(options | {"on_attempt": self._attempted})
+        )
         # The one that lives, or has ended and is not counted yet.
         self._connection: TcpConnection | None = None
         # While it connects: what `disconnect` cancels.
@@ -79,6 +83,8 @@ class TcpClient:
         self._over = False
         # Since it began.
         self._made_one = False
+        # When the connection was made.
+        self._connected_at = 0.0
         self._failures: deque[ConnectAttempt] = deque(maxlen=REMEMBERED)
         # Whoever waits for a connection, a failure, or the end.
         self._changes = trio.lowlevel.ParkingLot()
@@ -87,7 +93,7 @@ class TcpClient:
         self._block: AbstractAsyncContextManager[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<TcpClient {self.name} {self.connection or 'without a connection'}>"
+        return f"<TcpClient {self.name} {self.connection or self._connector.state.value}>"
 
     # -- how it is
 
@@ -125,7 +131,8 @@ class TcpClient:
         )
 
     async def wait_connected(self, max_failures: int | None = None) -> TcpConnection:
-        """Wait until there is a connection whose peer has not closed it, and give it.
+        """Wait until there is a connection whose peer has not closed it, and give it. In a block
+        without a handler, one whose peer has is given up, with what is unread on it.
 
         Raises `ConnectError` when *max_failures* attempts have failed since this call, though the
         client goes on; `trio.ClosedResourceError` when it has ended. Any number of tasks may wait.
@@ -135,12 +142,12 @@ class TcpClient:
         before = self._connector.failed
         while True:
             conn = self._connection
-            if (
-                conn is not None
-                and conn.state is ConnectionState.CONNECTED
-                and not (conn.broken or conn.at_eof)
-            ):
-                return conn
+            if conn is not None and conn.state is ConnectionState.CONNECTED:
+                if not conn.peer_closed:
+                    return conn
+                if self._alone and conn.handler_scope is not None:
+                    # Unread input may hide its end, and nobody else will see to that.
+                    conn.handler_scope.cancel()
             if self._over or self._stopped:
                 # If it ended by an error, the nursery that this is in may be about to cancel us:
                 # then that error is the one to be heard of.
@@ -150,6 +157,11 @@ class TcpClient:
                 text = f"{self.name}: {max_failures} attempts failed: {self._failures[-1]}"
                 raise ConnectError(text, list(self._failures)[-max_failures:])
             await self._changes.park()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this is a block without a handler."""
+        return self._block is not None and self._handler is None
 
     # -- sending, on whatever connection there is
 
@@ -228,8 +240,10 @@ class TcpClient:
         traceback: TracebackType | None,
     ) -> bool | None:
         assert self._block is not None
-        block, self._block = self._block, None
-        return await block.__aexit__(kind, error, traceback)  # noqa: ASYNC102 bounded by linger
+        try:
+            return await self._block.__aexit__(kind, error, traceback)  # noqa: ASYNC102 bounded by linger
+        finally:
+            self._block = None
 
     @asynccontextmanager
     async def _in_background(self) -> AsyncGenerator[None]:
@@ -239,7 +253,7 @@ class TcpClient:
                 yield
                 conn = self._connection
                 self.disconnect()
-                if self._handler is None and conn is not None and conn.handler_scope is not None:
+                if self._alone and conn is not None and conn.handler_scope is not None:
                     # Nobody is left to read an answer.
                     conn.handler_scope.cancel()
 
@@ -258,30 +272,14 @@ class TcpClient:
             raise StopAsyncIteration
         return conn
 
-    @asynccontextmanager
-    async def session(self, conn: TcpConnection) -> AsyncGenerator[TcpConnection]:
+    def session(self, conn: TcpConnection) -> AbstractAsyncContextManager[TcpConnection]:
         """The time of one connection: ``async with client.session(conn):`` closes it at the end.
 
         Gracefully after the block's normal end; at once if it raises or is cancelled. That the
         peer has gone or broke the protocol does not leave the block: the loop around it goes on to
         the next connection. `force_close` cancels the block.
         """
-        # The connection may have been ended since it was given.
-        scope = conn.handler_scope = conn.handler_scope or trio.CancelScope()
-        try:
-            with scope:
-                yield conn
-            await conn.aclose()
-        except Exception as error:
-            if not is_peers_doing(conn, error):
-                conn.force_close(CloseReason.HANDLER_ERROR)
-                raise
-            close_and_log(conn, error, logger)
-            # Its traceback has this frame, whose caller holds on to it: a circle, which would keep
-            # the connection.
-            without_frames(error)
-        finally:
-            self._forget(conn)
+        return ClientSession(conn, self._forget)
 
     # -- the end
 
@@ -306,7 +304,7 @@ class TcpClient:
 
     def stop(self) -> None:
         """End at once: no further attempt, and the connection is force-closed, which cancels its
-        handler. From anywhere in the loop. Idempotent, and final.
+        handler. From anywhere in the loop. Idempotent, and final: a later `run` ends at once, too.
         """
         self._stopped = True
         self._connector.stop()
@@ -371,6 +369,7 @@ class TcpClient:
         )
         conn.handler_scope = trio.CancelScope()
         self._counters.opened += 1
+        self._connected_at = trio.current_time()
         self._made_one = True
         self._failures.clear()
         self._connection = conn
@@ -392,7 +391,8 @@ class TcpClient:
             self._connection = None
             self._counters.count_end(conn)
             assert conn.close_reason is not None
-            logger.info("%s: ended (%s)", conn.name, conn.close_reason.value)
+            lived = trio.current_time() - self._connected_at
+            logger.info("%s: ended after %.1f s (%s)", conn.name, lived, conn.close_reason.value)
 
     def _attempted(self, attempt: ConnectAttempt) -> None:
         if attempt.error is not None:

@@ -138,6 +138,18 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         return self._life.ending.reason
 
     @property
+    def closing(self) -> bool:
+        """Whether we have begun to close it, by `aclose` or `force_close`."""
+        return self._life.ending.closed_here
+
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the peer has closed its side or broken the connection, as far as we know: input
+        from before may be unread. On the trio poller we know once it is read, or a send fails.
+        """
+        return self._read.eof or self.broken or self._read.channel.hangup
+
+    @property
     def broken(self) -> bool:
         """Whether the peer or the network has broken it. Input from before may still be unread."""
         return self._life.ending.broken is not None

@@ -20,7 +20,7 @@ from trioreactor.exception_groups import lone, unwrapped
 from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
-from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks
+from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
@@ -66,6 +66,13 @@ class TcpServer:
             raise TypeError("TcpServer: pass either a port or listeners=[...]")
         if listeners is not None and host is not None:
             raise TypeError("TcpServer: host belongs to port; listeners have their own address")
+        check_kinds(
+            "TcpServer",
+            watermarks=watermarks,
+            limits=limits,
+            timeouts=timeouts,
+            socket_options=socket_options,
+        )
         self.name = name
         self._handler = handler
         self._port = port

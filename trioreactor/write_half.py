@@ -155,12 +155,13 @@ class WriteHalf:
     def _enqueue(self, data: bytes | memoryview) -> None:
         buffer = self.buffer
         if not buffer.has_room(len(data)):
-            self._owner.on_send_buffer_full()
-            raise SendBufferFull(
+            error = SendBufferFull(
                 f"{len(data)} bytes more than the {buffer.size} that wait for the peer would pass "
                 f"the limit of {buffer.limit}: when send() answers False, wait with "
                 "wait_send_all_might_not_block()"
             )
+            self._owner.on_send_buffer_full()
+            raise error
         if buffer.append(kept(data)) is Crossing.HIGH:
             self.pauses += 1
             self._owner.on_high_water_mark()
