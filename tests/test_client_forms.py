@@ -101,6 +101,7 @@ async def test_run_calls_the_handler_for_each_connection(listener: trio.SocketLi
         assert client.connection is None
         assert client.statistics().closed == {CloseReason.LOCAL_CLOSE: 3}
         assert [conn.state for conn in conns] == [ConnectionState.DISCONNECTED] * 3
+        assert [conn.handler_scope for conn in conns] == [None] * 3
 
 
 async def test_handler_of_the_client_and_of_the_call(listener: trio.SocketListener) -> None:
@@ -230,8 +231,8 @@ async def test_a_peer_that_breaks_the_protocol(
     client = client_to(listener)
     with caplog.at_level(logging.WARNING):
         await client.run(handler)
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("trioreactor.client", logging.WARNING)
+    (record,) = [record for record in caplog.records if record.name == "trioreactor.client"]
+    assert record.levelno == logging.WARNING
     assert "#1" in record.getMessage()
     assert "a frame of minus one byte" in record.getMessage()
     closed = client.statistics().closed
@@ -293,6 +294,8 @@ async def test_no_attempt_left(form: str) -> None:
             await use(client, form)
         assert isinstance(raised.value.__cause__, ConnectionRefusedError)
         assert [attempt.number for attempt in raised.value.attempts] == [1, 2, 3]
+        with pytest.raises(trio.ClosedResourceError):
+            client.send(b"x")
         with pytest.raises(ConnectError), trio.fail_after(10):
             async with client:
                 await trio.sleep_forever()
@@ -550,6 +553,8 @@ async def test_loop_gives_each_connection_in_turn(listener: trio.SocketListener)
             conn.send(b"%d" % len(conns))
             if len(conns) == 3:
                 client.disconnect()
+        with pytest.raises(trio.ClosedResourceError), trio.fail_after(10):
+            await client.wait_connected()
     assert client.statistics().closed == {CloseReason.LOCAL_CLOSE: 3}
 
 

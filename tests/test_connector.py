@@ -18,7 +18,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.conftest import cancelled_after, fill, living_tasks, no_leaks
+from tests.conftest import cancelled_after, living_tasks, no_leaks
 from tests.fake_network import CONNECTED, HANGS, Answer, FakeNetwork, failing
 from trioreactor import (
     Backoff,
@@ -30,6 +30,7 @@ from trioreactor import (
     ConnectorStatistics,
     Endpoint,
     Keepalive,
+    SendBufferFull,
     SocketOptions,
     TcpConnection,
     Timeouts,
@@ -199,18 +200,29 @@ async def test_a_group_counts_as_its_first() -> None:
 async def test_attempts_are_logged(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failure that is retried is a warning, a success is informative, and what is raised is told
-    by whoever catches it."""
-    network_with(REFUSED, CONNECTED, failing(errno.EACCES))
+    """A failure that is retried is a warning, and so is a second connection in a row that was lost
+    soon; a success, or one that lived, is informative; what is raised is told by who catches it."""
+    network_with(REFUSED, CONNECTED, CONNECTED, CONNECTED, CONNECTED, failing(errno.EACCES))
     caplog.set_level(logging.DEBUG, "trioreactor.connector")
-    connector = Connector(*A, backoff=[2, 2])
+    connector = Connector(*A, backoff=[2, 4, 8], name="mine")
     await connector.connect()
+    for lived in (1, 1.5, 10):
+        await trio.sleep(lived)
+        await connector.connect()
+    await trio.sleep(3)
     await failure_of(connector)
     told = [(r.levelname, r.getMessage()) for r in caplog.records if "->" not in r.getMessage()]
     assert told == [
-        ("WARNING", "192.0.2.1:1: Connection refused; next attempt in 2.0 s"),
-        ("INFO", "192.0.2.1:1: connected in 0.000 s"),
-        ("DEBUG", "192.0.2.1:1: Permission denied; no further attempt"),
+        ("WARNING", "mine: 192.0.2.1:1: Connection refused; next attempt in 2.0 s"),
+        ("INFO", "mine: 192.0.2.1:1: connected in 0.000 s"),
+        ("INFO", "mine: the connection made 1.0 s ago is over; next attempt in 4.0 s"),
+        ("INFO", "mine: 192.0.2.1:1: connected in 0.000 s"),
+        ("WARNING", "mine: the connection made 1.5 s ago is over; next attempt in 8.0 s"),
+        ("INFO", "mine: 192.0.2.1:1: connected in 0.000 s"),
+        ("INFO", "mine: the connection made 10.0 s ago is over; next attempt in 2.0 s"),
+        ("INFO", "mine: 192.0.2.1:1: connected in 0.000 s"),
+        ("INFO", "mine: the connection made 3.0 s ago is over; next attempt in 4.0 s"),
+        ("DEBUG", "mine: 192.0.2.1:1: Permission denied; no further attempt"),
     ]
 
 
@@ -629,7 +641,7 @@ async def test_connect_error() -> None:
     assert error.attempts == tuple(log)
     assert error.__cause__ is log[-1].error
     assert error.errno == errno.EHOSTUNREACH
-    assert str(error) == "no connection (attempt 3 was the last): 192.0.2.1:1: No route to host"
+    assert str(error) == "no connection after 3 attempts: 192.0.2.1:1: No route to host"
 
 
 async def test_endless_attempts_are_forgotten() -> None:
@@ -1113,7 +1125,9 @@ async def test_connect_is_a_checkpoint() -> None:
         ({"path": "/a", "max_attempts": 1.5}, "pass a whole number"),
         ({"path": "/a", "connect_timeout": 0}, "pass more than 0 seconds, or None"),
         ({"path": "/a", "connect_timeout": "1"}, "pass a number of seconds"),
-        ({"path": "/a", "on_attempt": 3}, "pass a function, or None"),
+        ({"path": "/a", "on_attempt": 3}, "pass a plain function, or None"),
+        ({"path": "/a", "on_attempt": trio.sleep}, "pass a plain function, or None"),
+        ({"path": "/a", "socket_options": {}}, "socket_options={}.*pass"),
         ({"path": "/a", "chooser": "round_robin"}, 'pass "in_order", "random" or a function'),
         ({"path": "/a", "backoff": 3}, "pass a Backoff, or an iterable of seconds"),
         ({"path": "/a", "backoff": "12"}, "pass a Backoff, or an iterable of seconds"),
@@ -1153,9 +1167,11 @@ def keywords(fn: Callable[..., object]) -> dict[str, object]:
 
 
 def test_the_options_types() -> None:
-    """`RetryOptions` has just the connector's keyword parameters, with their types;
-    `ConnectOptions` those without another attempt. Both may be left out."""
+    """`RetryOptions` has just the connector's keyword parameters, with their types, and
+    `ConnectOptions` those without another attempt; but for the name, which is their user's own. All
+    may be left out."""
     expected = keywords(Connector.__init__)
+    assert expected.pop("name") is str
     assert typing.get_type_hints(RetryOptions) == expected
     without_retry = expected.keys() - {"backoff", "max_attempts", "retry"}
     assert typing.get_type_hints(ConnectOptions).keys() == without_retry
@@ -1208,21 +1224,23 @@ async def test_it_takes_no_retry_options() -> None:
 
 async def test_options_reach_the_connection(autojump_clock: trio.testing.MockClock) -> None:
     """Name, watermarks and timeouts are the connection's."""
+    # Far more than the kernel takes for one that nobody reads.
+    much = bytes(8_000_000)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        conn = await open_tcp_connection(
-            *server.getsockname(),
-            name="mine",
-            watermarks=Watermarks(high=1000, low=10),
-            timeouts=Timeouts(write_stall=1),
-            socket_options=SocketOptions(send_buffer=4096),
-        )
-        async with conn:
+        place = server.getsockname()
+        options: Any = {"socket_options": SocketOptions(send_buffer=4096)}
+        async with await open_tcp_connection(
+            *place, name="mine", timeouts=Timeouts(write_stall=1), **options
+        ) as conn:
             assert conn.name == "mine"
-            await fill(conn, 1001)
-            assert 1000 < conn.buffered <= 2001
-            # Nobody reads: the write-stall deadline ends it.
+            assert not conn.send(much)
             await conn.wait_closed()
         assert conn.close_reason is CloseReason.WRITE_STALLED
+        async with await open_tcp_connection(
+            *place, watermarks=Watermarks(limit=1_000_000), **options
+        ) as conn:
+            with pytest.raises(SendBufferFull):
+                conn.send(much)
 
 
 async def test_options_reach_the_socket() -> None:

@@ -382,6 +382,18 @@ async def test_our_own_end(
             nursery.start_soon(read_out, left)
 
 
+async def test_asked_while_it_closes(make_pair: MakePair) -> None:
+    """One who asks first while an `aclose` still flushes has nothing to wait for."""
+    left, right = await make_pair()
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(_aclose_that_flushes, right)
+        await settled()
+        assert right.state is not ConnectionState.DISCONNECTED
+        await Waiting(nursery, right).over()
+        assert right.state is not ConnectionState.DISCONNECTED
+        nursery.start_soon(read_out, left)
+
+
 async def read_out(conn: TcpConnection) -> None:
     async for _ in conn:
         pass

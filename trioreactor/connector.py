@@ -115,6 +115,8 @@ class Connector:
         self._scope: trio.CancelScope | None = None
         # When the last one succeeded, until the next begins.
         self._connected_at: float | None = None
+        # How many connections in a row were lost before `reset_after`.
+        self._soon_lost = 0
         # `reset_backoff` was called since.
         self._proven = False
         self._retry = retry
@@ -252,9 +254,11 @@ class Connector:
         self._proven = False
 
     def _log_loss(self, lived: float, delay: float) -> None:
-        # A server that accepts and closes at once looks well from everywhere else.
-        level = logging.WARNING if lived < self._delays.reset_after else logging.INFO
-        text = "%s: connected %.1f s ago and to connect again; next attempt in %.1f s"
+        # A server that accepts and closes at once looks well to everybody else.
+        well = self._proven or lived >= self._delays.reset_after
+        self._soon_lost = 0 if well else self._soon_lost + 1
+        level = logging.WARNING if self._soon_lost > 1 else logging.INFO
+        text = "%s: the connection made %.1f s ago is over; next attempt in %.1f s"
         logger.log(level, text, self.name, lived, delay)
 
     async def _wait(self, delay: float) -> None:  # noqa: ASYNC910 connect has checkpoints
