@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -529,6 +530,43 @@ async def test_block_that_only_sends_gets_the_next_connection(
         client.send(b"hello")
         async with await accepted(listener) as stream:
             assert await stream.receive_some(5) == b"hello"
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRIOREACTOR_POLLER") == "trio",
+    reason="the trio poller does not see an EOF behind input that nobody reads",
+)
+async def test_block_that_reads_nothing_gets_the_next_connection(
+    listener: trio.SocketListener,
+) -> None:
+    """Unread input does not hide for ever that the peer has gone: who waits gets the next one."""
+    async with no_leaks(), client_to(listener) as client:
+        first = await client.wait_connected()
+        async with await accepted(listener) as stream:
+            await stream.send_all(b"a greeting, and goodbye")
+        await settled()
+        with trio.fail_after(10):
+            second = await client.wait_connected()
+        assert second is not first
+
+
+async def test_a_handler_that_sends_once_more(listener: trio.SocketListener) -> None:
+    """Disconnected while it sends, it meets a ClosedResourceError: what was queued still goes."""
+    queued = []
+
+    async def handler(conn: TcpConnection) -> None:
+        queued.append(await fill(conn))
+        await conn.draining.wait()
+        await conn.send_all(b"too late")
+
+    client = client_to(listener, handler)
+    async with no_leaks(), trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        async with await accepted(listener) as stream:
+            client.disconnect()
+            await settled()
+            assert [len(await everything(stream))] == queued
+    assert client.statistics().closed == {CloseReason.LOCAL_CLOSE: 1}
 
 
 # -- async for

@@ -474,6 +474,19 @@ async def test_spurious_events_are_no_end() -> None:
         assert conn.at_eof
 
 
+async def test_an_eof_with_an_error_that_is_none() -> None:
+    """Where the kernel speaks of an error and has none, the EOF behind it is a clean one."""
+    conn, sock = simulated()
+    async with conn, trio.open_nursery() as nursery:
+        waiting = Waiting(nursery, conn)
+        await waiting.still()
+        sock.eof = True
+        sock._poller.happen(sock.fileno(), readable=True, hangup=True, failed=True)
+        await waiting.over()
+        assert conn.at_eof
+        assert not conn.broken
+
+
 async def test_work_for_a_peer_that_has_gone_is_cancelled() -> None:
     """In a server's handler: work beside `wait_eof` is cancelled when the client goes."""
     worked = []

@@ -1,0 +1,181 @@
+"""How a client's connections end, as its users meet it: gracefully, though the handler still sends,
+and never handed out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from tests.conftest import no_leaks, reset, tcp_pair, until
+from trioreactor import (
+    CloseReason,
+    Limits,
+    TcpClient,
+    TcpConnection,
+    TcpServer,
+    Timeouts,
+    Watermarks,
+)
+
+End = Callable[[TcpClient, TcpConnection], Awaitable[object]]
+
+QUEUED = b"x" * 3_000_000
+
+
+async def by_disconnect(client: TcpClient, conn: TcpConnection) -> None:
+    client.disconnect()
+    await trio.lowlevel.checkpoint()
+
+
+async def by_aclose(client: TcpClient, conn: TcpConnection) -> None:
+    client.retry = False
+    await conn.aclose()
+
+
+async def by_force_close(client: TcpClient, conn: TcpConnection) -> None:
+    client.retry = False
+    conn.force_close()
+    await trio.lowlevel.checkpoint()
+
+
+async def by_stop(client: TcpClient, conn: TcpConnection) -> None:
+    client.stop()
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("end", [by_disconnect, by_aclose, by_force_close, by_stop])
+@pytest.mark.parametrize("block", [False, True])
+async def test_a_handler_that_sends_on(
+    end: End, block: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However the connection is ended from outside, the send that meets the end is no error of the
+    client's, and what was queued before a graceful end arrives whole."""
+    caplog.set_level(logging.INFO, "trioreactor")
+    received = 0
+    full = trio.Event()
+
+    async def slow_reader(conn: TcpConnection) -> None:
+        nonlocal received
+        await ended.wait()
+        async for chunk in conn:
+            received += len(chunk)
+
+    async def sender(conn: TcpConnection) -> None:
+        conn.send(QUEUED)
+        full.set()
+        while True:
+            await trio.sleep(0.001)
+            conn.send(b"")
+
+    ended = trio.Event()
+    async with no_leaks(), trio.open_nursery() as nursery:
+        server = TcpServer(slow_reader, 0, host="127.0.0.1")
+        (acceptor,) = await nursery.start(server.serve)
+        client = TcpClient(*acceptor.address, sender)
+
+        async def act() -> None:
+            await full.wait()
+            conn = await client.wait_connected()
+            async with trio.open_nursery() as inner:
+                inner.start_soon(end, client, conn)
+                ended.set()
+
+        with trio.fail_after(10):
+            if block:
+                async with client:
+                    await act()
+                    await until(lambda: client.connection is None)
+            else:
+                nursery.start_soon(act)
+                await client.run()
+            await until(lambda: not server.connections)
+        server.close()
+    graceful = end in (by_disconnect, by_aclose)
+    assert received == len(QUEUED) or not graceful
+    reasons = {CloseReason.LOCAL_CLOSE, CloseReason.PEER_EOF} if graceful else {CloseReason.FORCED}
+    assert set(client.statistics().closed) <= reasons
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+async def test_a_block_that_only_sends() -> None:
+    """A block without a handler that reads nothing gets the next connection, though the server said
+    something before it reset: a send that fails is enough."""
+    peers: list[TcpConnection] = []
+
+    async def banner(conn: TcpConnection) -> None:
+        peers.append(conn)
+        await conn.send_all(b"busy\n")
+        if len(peers) == 1:
+            reset(conn.detach()[0].socket)
+        else:
+            await conn.wait_eof()
+
+    async with trio.open_nursery() as nursery:
+        server = TcpServer(banner, 0, host="127.0.0.1")
+        (acceptor,) = await nursery.start(server.serve)
+        with trio.fail_after(10):
+            async with TcpClient(*acceptor.address, backoff=[0.01] * 9) as client:
+                first = await client.wait_connected()
+                with pytest.raises(trio.BrokenResourceError):
+                    while True:
+                        first.send(b"x")
+                        await trio.sleep(0.001)
+                assert await client.wait_connected() is not first
+                assert client.statistics().opened == 2
+        server.close()
+
+
+async def test_a_closed_peer_is_known_behind_unread_input() -> None:
+    """`peer_closed` on epoll: the EOF is announced, though input before it is unread."""
+    left, right = await tcp_pair()
+    async with left, right:
+        if not left._read.channel.read_armed:
+            pytest.skip("the trio poller hears of nothing that is not asked for")
+    async with trio.open_nursery() as nursery:
+
+        async def speak(conn: TcpConnection) -> None:
+            await conn.send_all(b"unread")
+
+        server = TcpServer(speak, 0, host="127.0.0.1")
+        (acceptor,) = await nursery.start(server.serve)
+        with trio.fail_after(10):
+            async with TcpClient(*acceptor.address, backoff=[0.01] * 9) as client:
+                first = await client.wait_connected()
+                await until(lambda: first.peer_closed)
+                assert not first.at_eof
+                assert await client.wait_connected() is not first
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"timeouts": 5}, r"TcpClient\(timeouts=5\): pass Timeouts\(\.\.\.\)"),
+        ({"watermarks": {}}, r"TcpClient\(watermarks=\{\}\): pass Watermarks"),
+        ({"socket_options": {}}, r"\(socket_options=\{\}\): pass SocketOptions"),
+        ({"timeout": 3}, "TcpClient has no option timeout"),
+    ],
+)
+def test_options_of_the_wrong_kind(options: dict[str, object], text: str) -> None:
+    """They fail where they are written, and the message says what to pass."""
+    with pytest.raises(TypeError, match=text):
+        TcpClient("localhost", 1, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeouts": Watermarks()},
+        {"watermarks": Limits()},
+        {"limits": Timeouts()},
+        {"socket_options": Timeouts()},
+    ],
+)
+def test_a_servers_options_of_the_wrong_kind(options: dict[str, object]) -> None:
+    """A server checks them, too."""
+    (name,) = options
+    with pytest.raises(TypeError, match=rf"TcpServer\({name}=.*pass \w+\(\.\.\.\)"):
+        TcpServer(TcpConnection.wait_eof, 0, **options)  # type: ignore[arg-type]
