@@ -151,7 +151,7 @@ class FakeNetwork(trio.abc.SocketFactory, trio.abc.HostnameResolver):
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
         """Nobody asks."""
-        raise NotImplementedError
+        raise AssertionError(sockaddr)
 
 
 class Resolver(trio.abc.HostnameResolver):
@@ -179,4 +179,4 @@ class Resolver(trio.abc.HostnameResolver):
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
         """Nobody asks."""
-        raise NotImplementedError
+        raise AssertionError(sockaddr)

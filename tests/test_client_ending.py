@@ -3,6 +3,7 @@ and never handed out again."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -10,15 +11,20 @@ import pytest
 import trio
 
 from tests.conftest import no_leaks, reset, tcp_pair, until
+from tests.servers import unused_port
 from trioreactor import (
     CloseReason,
+    ConnectError,
     Limits,
     TcpClient,
     TcpConnection,
     TcpServer,
     Timeouts,
     Watermarks,
+    open_tcp_connection,
 )
+from trioreactor.channel import Channel
+from trioreactor.poller import Poller
 
 End = Callable[[TcpClient, TcpConnection], Awaitable[object]]
 
@@ -147,6 +153,84 @@ async def test_a_closed_peer_is_known_behind_unread_input() -> None:
                 await until(lambda: first.peer_closed)
                 assert not first.at_eof
                 assert await client.wait_connected() is not first
+        server.close()
+
+
+ACTIONS: dict[str, Callable[[TcpClient], object]] = {
+    "reset_backoff": lambda client: client.reset_backoff(),
+    "retry off": lambda client: setattr(client, "retry", False),
+    "stop": lambda client: client.stop(),
+    "disconnect": lambda client: client.disconnect(),
+}
+
+
+@pytest.mark.parametrize("first", ACTIONS)
+@pytest.mark.parametrize("then", ["stop", "disconnect"])
+async def test_two_words_in_one_turn(
+    first: str, then: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """While it waits in the backoff: whatever has woken it, an end in the same turn ends it, and
+    `run` returns."""
+    waits = trio.Event()
+
+    async def act() -> None:
+        await waits.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        ACTIONS[first](client)
+        ACTIONS[then](client)
+
+    with unused_port() as port, trio.fail_after(100):
+        client = TcpClient(
+            "127.0.0.1", port, TcpConnection.wait_eof, on_attempt=lambda attempt: waits.set()
+        )
+        async with no_leaks(), trio.open_nursery() as nursery:
+            nursery.start_soon(act)
+            await client.run()
+
+
+@pytest.mark.parametrize("end", ["stop", "disconnect"])
+async def test_ended_by_the_last_attempt(end: str) -> None:
+    """`on_attempt` may end the client at the attempt after which none follows: `run` returns."""
+    with unused_port() as port:
+        client = TcpClient(
+            "127.0.0.1",
+            port,
+            TcpConnection.wait_eof,
+            max_attempts=1,
+            on_attempt=lambda attempt: ACTIONS[end](client),
+        )
+        await client.run()
+
+
+async def test_no_descriptor_beside_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a connection needs beside its socket may be short, the epoll object or room in it: that
+    passes, so the client tries again, after the backoff's delay; `open_tcp_connection` says so."""
+    shortage = OSError(errno.EMFILE, "Too many open files")
+    left = 2
+
+    def refuse(poller: Poller, channel: Channel) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise shortage
+        register(poller, channel)
+
+    async with trio.open_nursery() as nursery:
+        server = TcpServer(TcpConnection.wait_eof, 0, host="127.0.0.1")
+        (acceptor,) = await nursery.start(server.serve)
+        register = Poller.register
+        monkeypatch.setattr(Poller, "register", refuse)
+        delays = [0.01, 0.02]
+        with trio.fail_after(10):
+            client = TcpClient(*acceptor.address, backoff=delays)
+            server.stop_accepting()
+            async with client:
+                conn = await client.wait_connected()
+                assert (left, client.statistics().attempts, client.statistics().opened) == (0, 3, 1)
+                conn.force_close()
+            left = 1
+            with pytest.raises(ConnectError, match="Too many open files"):
+                await open_tcp_connection(*acceptor.address)
         server.close()
 
 

@@ -1111,7 +1111,7 @@ async def test_connect_is_a_checkpoint() -> None:
         ({"host": "a", "port": 0}, "a port from 1 to 65535"),
         ({"host": "", "port": 1}, "pass a host name"),
         ({"host": b"a", "port": 1}, "pass the host as text"),
-        ({"path": "a"}, "path with a slash"),
+        ({"endpoints": ["a"]}, "path with a slash"),
         ({"path": "/" + "a" * 107}, "at most 107 bytes"),
         ({"path": "/a", "local_address": "localhost"}, "pass an IP address"),
         ({"path": "/a", "local_address": ""}, "pass an IP address"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -425,3 +426,44 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
         assert cancelled
         async with await connect_unix(path) as stream:
             assert stream.socket.getpeername() == path
+
+
+async def test_a_unix_listener_whose_backlog_is_full(tmp_path: Path) -> None:
+    """A non-blocking connect to it is not under way but refused, and no socket comes out of it that
+    is not connected. A peer that is gone already is no such thing."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        first = await connect_unix(path)
+        async with no_leaks():
+            with pytest.raises(BlockingIOError, match="socket: ") as caught:
+                await connect_unix(path)
+        assert caught.value.errno == errno.EAGAIN
+        listener.accept()[0].close()
+        assert await first.receive_some() == b""
+        second = await connect_unix(path)
+        await first.aclose()
+        await second.aclose()
+
+
+async def test_a_race_leaves_no_garbage() -> None:
+    """A first address that refuses and a second that wins leave nothing to the cycle collector."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        Resolver(["127.0.0.2", "127.0.0.1"])
+        # Caches fill at the first time.
+        await (await connect_tcp("host", port)).aclose()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await (await connect_tcp("host", port)).aclose()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [thing for thing in gc.garbage if isinstance(thing, OSError)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []

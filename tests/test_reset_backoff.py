@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from itertools import pairwise
 
 import pytest
 import trio
 
 from tests.conftest import serving
+from tests.servers import unused_port
 from trioreactor import Backoff, ConnectAttempt, Connector, TcpClient, TcpConnection, TcpServer
-from trioreactor.connector import OnAttempt
 
 STEADY = Backoff(initial=1, maximum=8, jitter="none")
-
-
-def closed_port() -> int:
-    """A port on loopback where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def failing(attempts: list[ConnectAttempt], on_attempt: OnAttempt | None = None) -> Connector:
-    def note(attempt: ConnectAttempt) -> None:
-        attempts.append(attempt)
-        if on_attempt is not None:
-            on_attempt(attempt)
-
-    return Connector("127.0.0.1", closed_port(), backoff=STEADY, on_attempt=note)
 
 
 async def test_it_ends_the_wait_and_begins_the_delays_anew(
@@ -37,17 +19,18 @@ async def test_it_ends_the_wait_and_begins_the_delays_anew(
 ) -> None:
     """The attempt after it comes at once, and the delay after that one is the first again."""
     attempts: list[ConnectAttempt] = []
-    connector = failing(attempts)
     begun = trio.current_time()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(connector.connect)
-        await trio.sleep(1 + 2 + 4 - 0.5)
-        assert [attempt.delay for attempt in attempts] == [1, 2, 4]
-        connector.reset_backoff()
-        await trio.testing.wait_all_tasks_blocked(0.005)
-        assert [attempt.delay for attempt in attempts] == [1, 2, 4, 1]
-        assert trio.current_time() - begun < 7
-        nursery.cancel_scope.cancel()
+    with unused_port() as port:
+        connector = Connector("127.0.0.1", port, backoff=STEADY, on_attempt=attempts.append)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connector.connect)
+            await trio.sleep(1 + 2 + 4 - 0.5)
+            assert [attempt.delay for attempt in attempts] == [1, 2, 4]
+            connector.reset_backoff()
+            await trio.testing.wait_all_tasks_blocked(0.005)
+            assert [attempt.delay for attempt in attempts] == [1, 2, 4, 1]
+            assert trio.current_time() - begun < 7
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("proven", [False, True])
@@ -77,6 +60,6 @@ async def test_a_connection_that_proved_itself_makes_the_delays_begin_anew(
 
 async def test_idle_it_changes_nothing_else() -> None:
     """Called while nobody connects, it neither raises nor connects."""
-    connector = Connector("127.0.0.1", closed_port())
+    connector = Connector("127.0.0.1", 1)
     connector.reset_backoff()
     assert connector.attempts == 0

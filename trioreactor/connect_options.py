@@ -64,7 +64,10 @@ def places(
         if host is not None and port is not None:
             return [(host, port)]
         if path is not None:
-            return [os.fspath(path)]
+            path = os.fspath(path)
+            # Without a slash it could as well be a host's name, in a list of endpoints.
+            named = "/" in path or path.startswith("\0")
+            return [path if named else os.path.join(os.curdir, path)]
         if isinstance(endpoints, (str, bytes)):
             raise TypeError(f"endpoints={endpoints!r}: pass a list of (host, port) and Unix paths")
         if endpoints is not None:

@@ -266,6 +266,8 @@ class Connector:
             self._become(ConnectorState.WAITING)
             with trio.move_on_after(delay):
                 await self._waiting.park()
+            # Woken, it does not hear of a cancellation in the same turn.
+            self._check_not_stopped()
 
     async def _open(self, endpoint: Endpoint) -> trio.SocketStream | Exception:
         """The stream, or what the attempt failed by."""
@@ -370,7 +372,10 @@ async def open_tcp_connection(
     check_kinds("open_tcp_connection", watermarks=watermarks, timeouts=timeouts)
     connector = Connector(host, port, name=name or "connection", retry=False, **options)
     stream = await connector.connect()
-    return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
+    try:
+        return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
+    except OSError as error:
+        raise ConnectError(f"connected, and lost at once: {error}", ()) from error
 
 
 def connection_on(
@@ -380,7 +385,7 @@ def connection_on(
     try:
         return TcpConnection(stream, name=name, watermarks=watermarks, timeouts=timeouts)
     except BaseException:
-        # epoll has no room for it (ENOSPC, ENOMEM).
+        # No descriptor for an epoll object, or no room in it (EMFILE, ENOSPC, ENOMEM).
         stream.socket.close()
         raise
 

@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from trioreactor.address import format_address
+from trioreactor.exception_groups import without_frames
 from trioreactor.options import SocketOptions
 from trioreactor.sockets import apply_to_connection, reset_on_close, stream_around
 
@@ -102,7 +103,8 @@ class _Race:
         try:
             sock = await _connect(family, address, self._local_address, self._options)
         except OSError as error:
-            self._errors.append(error)
+            # With its frames it would be a circle: they refer to this race, and it to the errors.
+            self._errors.append(without_frames(error))
             failed.set()
             return  # noqa: ASYNC910 the task ends
         if self._winner is not None:
@@ -130,7 +132,10 @@ async def _connect(
             await sock.connect(address)
         except OSError as error:
             raise _located(error, address) from None
-        _refuse_self_connect(sock, address)
+        if family == socket.AF_UNIX:
+            _refuse_full_backlog(sock, address)
+        else:
+            _refuse_self_connect(sock, address)
     except BaseException:
         sock.close()
         raise
@@ -164,11 +169,25 @@ def _refuse_self_connect(sock: trio.socket.SocketType, address: Any) -> None:
     On loopback, where nobody listens on a port of the ephemeral range, the kernel may choose just
     that port for our end; TCP's simultaneous open then joins the socket with itself.
     """
-    if sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
+    if sock.getsockname() == sock.getpeername():
         # With a FIN the port would stay in TIME_WAIT, and nobody could come to listen there.
         reset_on_close(sock)
         text = f"{format_address(address)}: connected to itself, for nobody listens there"
         raise ConnectionRefusedError(errno.ECONNREFUSED, text)
+
+
+def _refuse_full_backlog(sock: trio.socket.SocketType, address: Any) -> None:
+    """Raise if *sock* is not connected at all.
+
+    To a Unix listener whose backlog is full, a connect that does not block says EAGAIN at once, for
+    it is not under way. trio takes that for one that is, and finds no error in the end.
+    """
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        raise _located(BlockingIOError(errno.EAGAIN, ""), address) from None
 
 
 def _family_of(host: str) -> int:

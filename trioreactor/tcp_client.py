@@ -329,9 +329,14 @@ class TcpClient:
         try:
             if self._connection is not None:
                 await self._leave(self._connection)
-            stream = await self._connect()
-            if stream is not None:
-                return self._enter(stream)
+            while (stream := await self._connect()) is not None:
+                try:
+                    return self._enter(stream)
+                except OSError as error:
+                    # What a connection needs beside its socket is short, and that can pass.
+                    if not self.retry:
+                        raise
+                    logger.warning("%s: connected, and lost at once: %s", self.name, error)
         except BaseException:
             self._end()
             raise
@@ -346,6 +351,11 @@ class TcpClient:
         try:
             with trio.CancelScope() as self._connecting:
                 stream = await self._connector.connect()
+        except ConnectError:
+            if self._wanted:
+                raise
+            # Disconnected in the very turn in which the last attempt failed.
+            return None
         except trio.ClosedResourceError:
             if not self._stopped:
                 # Not the connector's: what the user's on_attempt raised.
