@@ -16,6 +16,7 @@ from tests.servers import unused_port
 from trioreactor import (
     CloseReason,
     ConnectError,
+    Connector,
     Limits,
     TcpClient,
     TcpConnection,
@@ -111,11 +112,13 @@ async def test_a_block_that_only_sends() -> None:
     """A block without a handler that reads nothing gets the next connection, though the server said
     something before it reset: a send that fails is enough."""
     peers: list[TcpConnection] = []
+    seen = trio.Event()
 
     async def banner(conn: TcpConnection) -> None:
         peers.append(conn)
         await conn.send_all(b"busy\n")
         if len(peers) == 1:
+            await seen.wait()
             reset(conn.detach()[0].socket)
         else:
             await conn.wait_eof()
@@ -126,6 +129,7 @@ async def test_a_block_that_only_sends() -> None:
         with trio.fail_after(10):
             async with TcpClient(*acceptor.address, backoff=[0.01] * 9) as client:
                 first = await client.wait_connected()
+                seen.set()
                 with pytest.raises(trio.BrokenResourceError):
                     while True:
                         first.send(b"x")
@@ -201,6 +205,78 @@ async def test_ended_by_the_last_attempt(end: str) -> None:
             on_attempt=lambda attempt: ACTIONS[end](client),
         )
         await client.run()
+
+
+async def test_failures_between_short_connections(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """`wait_connected` counts the failures since it was called, and tells of as many, though
+    connections that were lost at once came between."""
+    with unused_port() as closed, socket.create_server(("127.0.0.1", 0)) as listener:
+        places = [("127.0.0.1", closed), listener.getsockname()]
+
+        async def refuse(conn: TcpConnection) -> None:
+            conn.force_close()
+
+        client = TcpClient(endpoints=places, handler=refuse)
+        async with no_leaks(), client:
+            with pytest.raises(
+                ConnectError, match="after 3 attempts: 127.0.0.1:.* refused"
+            ) as told:
+                await client.wait_connected(3)
+            assert len(told.value.attempts) == 3
+
+
+async def test_those_who_wait_when_a_loop_was_left(autojump_clock: trio.testing.MockClock) -> None:
+    """After a `break`, `disconnect` tells them that no connection will come."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = TcpClient(*listener.getsockname())
+        async with trio.open_nursery() as nursery:
+            async for conn in client:
+                async with client.session(conn):
+                    pass
+                break
+
+            async def wait() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await client.wait_connected()
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            client.disconnect()
+
+
+async def test_a_backoff_that_ended_begins_anew() -> None:
+    """A `connect` that raised because the backoff ended is followed by one that tries again."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connector = Connector(*listener.getsockname(), backoff=[])
+        await (await connector.connect()).aclose()
+        with pytest.raises(ConnectError, match="no further delay"):
+            await connector.connect()
+        await (await connector.connect()).aclose()
+
+
+async def test_what_reset_backoff_is_about(autojump_clock: trio.testing.MockClock) -> None:
+    """It is about the connection there is: one that is made later has to prove itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connector = Connector(*listener.getsockname(), backoff=[1, 2, 4])
+        connector.reset_backoff()
+        begun = []
+        for _ in range(3):
+            await (await connector.connect()).aclose()
+            begun.append(trio.current_time() - sum(begun))
+        assert begun == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"path": ""}, {"path": b"/x"}, {"endpoints": "/x"}, {"local_address": "127.0.0.1%lo"}],
+)
+def test_addresses_that_cannot_be(options: dict[str, object]) -> None:
+    """Are refused where they are written."""
+    where: dict[str, object] = {} if "local_address" not in options else {"path": "/x"}
+    with pytest.raises((TypeError, ValueError), match="pass"):
+        Connector(**where, **options)  # type: ignore[arg-type]
 
 
 async def test_no_descriptor_beside_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:

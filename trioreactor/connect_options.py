@@ -64,15 +64,20 @@ def places(
         if host is not None and port is not None:
             return [(host, port)]
         if path is not None:
-            path = os.fspath(path)
-            # Without a slash it could as well be a host's name, in a list of endpoints.
-            named = "/" in path or path.startswith("\0")
-            return [path if named else os.path.join(os.curdir, path)]
+            return [_unix_path(path)]
         if isinstance(endpoints, (str, bytes)):
             raise TypeError(f"endpoints={endpoints!r}: pass a list of (host, port) and Unix paths")
         if endpoints is not None:
-            return [os.fspath(at) if isinstance(at, os.PathLike) else at for at in endpoints]
+            return [_unix_path(at) if isinstance(at, os.PathLike) else at for at in endpoints]
     raise TypeError("pass both host and port, or path=..., or endpoints=[...]: one of the three")
+
+
+def _unix_path(given: str | os.PathLike[str]) -> str:
+    path: object = os.fspath(given)
+    if not isinstance(path, str) or given == "":
+        raise TypeError(f"path={given!r}: pass a Unix socket's path as text")
+    # In a list of endpoints, without a slash it could as well be a host's name.
+    return path if "/" in path or path.startswith("\0") else os.path.join(os.curdir, path)
 
 
 def local_end(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
@@ -85,7 +90,8 @@ def local_end(given: str | tuple[str, int] | None) -> tuple[str, int] | None:
         raise TypeError(text)
     host, port = pair
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        # Only an IPv6 address may have a scope.
+        ipaddress.ip_address(host)
     except ValueError:
         raise ValueError(text) from None
     if not 0 <= port <= 65535:

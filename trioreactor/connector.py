@@ -25,7 +25,7 @@ from trioreactor.connect_options import (
     local_end,
     places,
 )
-from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds
+from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds, attempts_text
 from trioreactor.errors import ConnectError
 from trioreactor.exception_groups import members, without_frames
 from trioreactor.happy_eyeballs import connect_tcp, connect_unix
@@ -117,7 +117,7 @@ class Connector:
         self._connected_at: float | None = None
         # How many connections in a row were lost before `reset_after`.
         self._soon_lost = 0
-        # `reset_backoff` was called since.
+        # `reset_backoff` was called since it succeeded.
         self._proven = False
         self._retry = retry
         # Who waits for the delay's end: at most one.
@@ -233,8 +233,7 @@ class Connector:
             if self._rounds.complete and not self.retry:
                 break
         last = failed[-1]
-        tries = "1 attempt" if last.number == 1 else f"{last.number} attempts"
-        raise ConnectError(f"no connection after {tries}: {last}", failed)
+        raise ConnectError(f"no connection after {attempts_text(last.number)}: {last}", failed)
 
     async def _pause_after_connection(self) -> None:  # noqa: ASYNC910 connect has checkpoints
         """What a connection that was lost asks for before the next attempt."""
@@ -243,15 +242,18 @@ class Connector:
             self._delays.restart()
             self._rounds.restart()
         if since is not None and self._rounds.complete and self.retry:
+            # Whatever ends the series ends it for this connect: the next one begins anew.
+            self._connected_at = None
             delay = self._delays.next()
             if delay is None:
                 raise ConnectError("no connection: the backoff has no further delay", ())
             self._log_loss(trio.current_time() - since, delay)
+            self._connected_at = since
             await self._wait(delay)
+            self._connected_at = None
             if not self.retry:
                 raise ConnectError("no connection: retry was turned off", ())
         self._connected_at = None
-        self._proven = False
 
     def _log_loss(self, lived: float, delay: float) -> None:
         # A server that accepts and closes at once looks well to everybody else.
@@ -295,6 +297,7 @@ class Connector:
     ) -> None:
         self._connected += 1
         self._connected_at = trio.current_time()
+        self._proven = False
         try:
             self._tell(
                 ConnectAttempt(

@@ -46,6 +46,11 @@ class ConnectAttempt:
         return text if text.startswith(where) else f"{where}: {text}"
 
 
+def attempts_text(number: int) -> str:
+    """``1 attempt``, ``2 attempts``."""
+    return f"{number} attempt{'' if number == 1 else 's'}"
+
+
 def _describe(error: BaseException) -> str:
     """*error* in a line; a group as what is in it."""
     if (inner := members(error)) is not None:

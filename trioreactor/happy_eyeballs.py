@@ -158,7 +158,7 @@ async def _bind(sock: trio.socket.SocketType, local_address: tuple[str, int]) ->
 
 def _located(error: OSError, address: Any, prefix: str = "") -> OSError:
     """The same error, with the address it is about as people write it."""
-    if not error.errno:
+    if not error.errno or isinstance(error, socket.gaierror):
         return error
     return OSError(error.errno, f"{prefix}{format_address(address)}: {os.strerror(error.errno)}")
 

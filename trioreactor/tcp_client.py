@@ -19,7 +19,7 @@ from trioreactor.connect_options import RetryOptions, check_known, check_on_atte
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
 from trioreactor.connector import REMEMBERED, Connector, connection_on
-from trioreactor.endpoints import ConnectAttempt
+from trioreactor.endpoints import ConnectAttempt, attempts_text
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
 from trioreactor.options import Timeouts, Watermarks, check_count, check_kinds
@@ -83,8 +83,9 @@ class TcpClient:
         self._over = False
         # Since it began.
         self._made_one = False
-        # When the connection was made.
+        # When the connection was made, and how many attempts had failed by then.
         self._connected_at = 0.0
+        self._failed_before = 0
         self._failures: deque[ConnectAttempt] = deque(maxlen=REMEMBERED)
         # Whoever waits for a connection, a failure, or the end.
         self._changes = trio.lowlevel.ParkingLot()
@@ -154,8 +155,10 @@ class TcpClient:
                 await trio.lowlevel.checkpoint()
                 raise self._not_connected()
             if max_failures is not None and self._connector.failed - before >= max_failures:
-                text = f"{self.name}: {max_failures} attempts failed: {self._failures[-1]}"
-                raise ConnectError(text, list(self._failures)[-max_failures:])
+                text = f"{self.name}: no connection after {attempts_text(max_failures)}"
+                raise ConnectError(
+                    f"{text}: {self._failures[-1]}", list(self._failures)[-max_failures:]
+                )
             await self._changes.park()
 
     @property
@@ -189,7 +192,8 @@ class TcpClient:
     def _not_connected(self) -> Exception:
         if self._over or self._stopped or not self._wanted:
             return trio.ClosedResourceError(f"{self.name}: this client has ended")
-        last = f": {self._failures[-1]}" if self._failures else ""
+        news = self._connector.failed > self._failed_before
+        last = f": {self._failures[-1]}" if news else ""
         return NotConnected(f"{self.name}: no connection at the moment{last}")
 
     # -- the ways to use it
@@ -294,6 +298,9 @@ class TcpClient:
         if self._connecting is not None:
             self._connecting.cancel()
         conn = self.connection
+        if self._made_one and not self._running and self._connecting is None:
+            # A loop that was left: nobody else will tell those who wait.
+            self._end()
         if conn is None:
             return
         conn.draining.set()
@@ -380,8 +387,8 @@ class TcpClient:
         conn.handler_scope = trio.CancelScope()
         self._counters.opened += 1
         self._connected_at = trio.current_time()
+        self._failed_before = self._connector.failed
         self._made_one = True
-        self._failures.clear()
         self._connection = conn
         self._changes.unpark_all()
         return conn
