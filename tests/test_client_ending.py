@@ -220,9 +220,7 @@ async def test_failures_between_short_connections(
 
         client = TcpClient(endpoints=places, handler=refuse)
         async with no_leaks(), client:
-            with pytest.raises(
-                ConnectError, match="after 3 attempts: 127.0.0.1:.* refused"
-            ) as told:
+            with pytest.raises(ConnectError, match="after 3 attempts") as told:
                 await client.wait_connected(3)
             assert len(told.value.attempts) == 3
 
