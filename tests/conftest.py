@@ -148,6 +148,13 @@ async def listening() -> AsyncIterator[trio.SocketListener]:
         yield listener
 
 
+@pytest.fixture
+async def listener() -> AsyncIterator[trio.SocketListener]:
+    """A server's end, whose connections the test takes itself."""
+    async with listening() as listener:
+        yield listener
+
+
 def address_of(listener: trio.SocketListener) -> tuple[str, int]:
     """Where *listener* listens."""
     host, port = listener.socket.getsockname()[:2]

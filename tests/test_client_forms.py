@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
+from tests.clients import AT_ONCE, client_to, settled
 from tests.conftest import (
     accepted,
-    address_of,
     echo,
     everything,
     fill,
-    listening,
     no_leaks,
     refusing,
     reset,
@@ -36,24 +34,6 @@ from trioreactor import (
     TcpConnection,
 )
 from trioreactor.connection_callbacks import Handler
-
-settled = trio.testing.wait_all_tasks_blocked
-
-AT_ONCE = [0.0] * 100
-
-
-@pytest.fixture
-async def listener() -> AsyncIterator[trio.SocketListener]:
-    """The server's end, whose connections the test takes itself."""
-    async with listening() as listener:
-        yield listener
-
-
-def client_to(
-    listener: trio.SocketListener, handler: Handler | None = None, **options: Any
-) -> TcpClient:
-    """A client that comes back at once."""
-    return TcpClient(*address_of(listener), handler, **({"backoff": AT_ONCE} | options))
 
 
 class Mine(Exception):

@@ -6,7 +6,6 @@ import gc
 import logging
 import socket
 import weakref
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from tests.clients import AT_ONCE, client_to, settled
 from tests.conftest import (
     accepted,
     address_of,
     echo,
     everything,
     fill,
-    listening,
     no_leaks,
     refusing,
     reset,
@@ -43,24 +42,6 @@ from trioreactor import (
     Watermarks,
 )
 from trioreactor.connection_callbacks import Handler
-
-settled = trio.testing.wait_all_tasks_blocked
-
-AT_ONCE = [0.0] * 1000
-
-
-@pytest.fixture
-async def listener() -> AsyncIterator[trio.SocketListener]:
-    """The server's end, whose connections the test takes itself."""
-    async with listening() as listener:
-        yield listener
-
-
-def client_to(
-    listener: trio.SocketListener, handler: Handler | None = None, **options: Any
-) -> TcpClient:
-    """A client that comes back at once."""
-    return TcpClient(*address_of(listener), handler, **({"backoff": AT_ONCE} | options))
 
 
 async def until_draining(conn: TcpConnection) -> None:
