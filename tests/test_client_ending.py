@@ -254,6 +254,51 @@ async def test_a_backoff_that_ended_begins_anew() -> None:
         await (await connector.connect()).aclose()
 
 
+async def test_a_block_within_its_own_block() -> None:
+    """Is refused, also when the connection of the outer one has ended."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, trio.fail_after(10):
+        client = TcpClient(*listener.getsockname(), retry=False)
+        async with no_leaks(), client:
+            (await client.wait_connected()).force_close()
+            await trio.testing.wait_all_tasks_blocked()
+            for use in (client.run(TcpConnection.wait_eof), client.__aenter__()):
+                with pytest.raises(trio.BusyResourceError):
+                    await use
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_to_ask_ends_nothing(asks: bool) -> None:
+    """Whoever waits for a connection takes nothing away from a task that reads the one there is."""
+    received = 0
+    asked = trio.Event()
+
+    async def give(conn: TcpConnection) -> None:
+        await conn.send_all(bytes(100_000))
+
+    async with trio.open_nursery() as nursery:
+        server = TcpServer(give, 0, host="127.0.0.1")
+        (acceptor,) = await nursery.start(server.serve)
+        with trio.fail_after(10):
+            async with TcpClient(*acceptor.address, backoff=[0.01] * 9) as client:
+                conn = await client.wait_connected()
+                received += len(await conn.receive_some(10_000))
+
+                async def ask() -> None:
+                    asked.set()
+                    await client.wait_connected()
+
+                async with trio.open_nursery() as inner:
+                    if asks:
+                        inner.start_soon(ask)
+                        await asked.wait()
+                        await trio.testing.wait_all_tasks_blocked()
+                    while received < 100_000:
+                        chunk = await conn.receive_some(10_000)
+                        assert chunk
+                        received += len(chunk)
+        server.close()
+
+
 async def test_what_reset_backoff_is_about(autojump_clock: trio.testing.MockClock) -> None:
     """It is about the connection there is: one that is made later has to prove itself."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -71,6 +71,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "callbacks",
             "client_session",
             "client_statistics",
+            "client_waiters",
             "server_statistics",
             "tcp_client",
             "tcp_server",

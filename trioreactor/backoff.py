@@ -104,7 +104,7 @@ class Delays:
     __slots__ = ("_backoff", "_iterator", "reset_after")
 
     def __init__(self, backoff: Backoff | Iterable[float]) -> None:
-        if isinstance(backoff, (str, bytes)) or not isinstance(backoff, (Backoff, Iterable)):
+        if isinstance(backoff, (str, bytes)) or not isinstance(backoff, Iterable):
             raise TypeError(f"backoff={backoff!r}: pass a Backoff, or an iterable of seconds")
         self._backoff = backoff
         self._iterator = iter(backoff)

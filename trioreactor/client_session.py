@@ -31,11 +31,13 @@ class ClientSession:
         # The connection may have been ended since the client gave it, and its scope cancelled.
         self._scope = conn.handler_scope or trio.CancelScope()
 
+    @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> TcpConnection:  # noqa: ASYNC910 there is nothing to wait for
         self._conn.handler_scope = self._scope
         self._scope.__enter__()
         return self._conn
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self,
         kind: type[BaseException] | None,

@@ -170,6 +170,10 @@ class Connector:
         self._delays.restart()
         self._waiting.unpark_all()
 
+    def forget(self) -> None:
+        """The last connection ended on purpose: the next `connect` begins anew, at once."""
+        self._connected_at = None
+
     def statistics(self) -> ConnectorStatistics:
         """The counters as they are now."""
         return ConnectorStatistics(
@@ -242,17 +246,18 @@ class Connector:
             self._delays.restart()
             self._rounds.restart()
         if since is not None and self._rounds.complete and self.retry:
-            # Whatever ends the series ends it for this connect: the next one begins anew.
-            self._connected_at = None
-            delay = self._delays.next()
-            if delay is None:
-                raise ConnectError("no connection: the backoff has no further delay", ())
-            self._log_loss(trio.current_time() - since, delay)
-            self._connected_at = since
-            await self._wait(delay)
-            self._connected_at = None
-            if not self.retry:
-                raise ConnectError("no connection: retry was turned off", ())
+            try:
+                delay = self._delays.next()
+                if delay is None:
+                    raise ConnectError("no connection: the backoff has no further delay", ())
+                self._log_loss(trio.current_time() - since, delay)
+                await self._wait(delay)
+                if not self.retry:
+                    raise ConnectError("no connection: retry was turned off", ())
+            except Exception:
+                # It ends this connect. The next one begins anew.
+                self._connected_at = None
+                raise
         self._connected_at = None
 
     def _log_loss(self, lived: float, delay: float) -> None:
@@ -378,7 +383,9 @@ async def open_tcp_connection(
     try:
         return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
     except OSError as error:
-        raise ConnectError(f"connected, and lost at once: {error}", ()) from error
+        lost = ConnectError(f"connected, and lost at once: {error}", ())
+        lost.errno = error.errno
+        raise lost from error
 
 
 def connection_on(

@@ -31,7 +31,8 @@ class IllegalStateTransition(TrioReactorError, RuntimeError):
 class ConnectError(TrioReactorError, OSError):
     """No connection could be made, and no further attempt follows.
 
-    Its `__cause__` is the last attempt's error, and its `errno` is that one's if it has one.
+    Its `__cause__` is the last attempt's error, and its `errno` is that one's if it has one (the
+    resolver's are its own numbers, as those of `socket.gaierror`).
     """
 
     attempts: Sequence[ConnectAttempt]

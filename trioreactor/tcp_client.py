@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
@@ -15,11 +14,12 @@ import trio
 from trioreactor.address import format_address
 from trioreactor.client_session import ClientSession
 from trioreactor.client_statistics import ClientStatistics
+from trioreactor.client_waiters import ClientWaiters
 from trioreactor.connect_options import RetryOptions, check_known, check_on_attempt
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
-from trioreactor.connector import REMEMBERED, Connector, connection_on
-from trioreactor.endpoints import ConnectAttempt, attempts_text
+from trioreactor.connector import Connector, connection_on
+from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
 from trioreactor.options import Timeouts, Watermarks, check_count, check_kinds
@@ -58,7 +58,7 @@ class TcpClient:
         **options: Unpack[RetryOptions],
     ) -> None:
         if handler is not None and not callable(handler):
-            raise TypeError(f"TcpClient(handler={handler!r}): pass an async function or Callbacks")
+            raise TypeError(f"TcpClient: handler={handler!r}: pass an async function or Callbacks")
         self.name = name
         self._handler = handler
         self._watermarks = watermarks
@@ -83,12 +83,9 @@ class TcpClient:
         self._over = False
         # Since it began.
         self._made_one = False
-        # When the connection was made, and how many attempts had failed by then.
+        # When the connection was made.
         self._connected_at = 0.0
-        self._failed_before = 0
-        self._failures: deque[ConnectAttempt] = deque(maxlen=REMEMBERED)
-        # Whoever waits for a connection, a failure, or the end.
-        self._changes = trio.lowlevel.ParkingLot()
+        self._waiters = ClientWaiters()
         self._serial = count(1)
         self._counters = ConnectionCounters()
         self._block: AbstractAsyncContextManager[None] | None = None
@@ -132,39 +129,33 @@ class TcpClient:
         )
 
     async def wait_connected(self, max_failures: int | None = None) -> TcpConnection:
-        """Wait until there is a connection whose peer has not closed it, and give it. In a block
-        without a handler, one whose peer has is given up, with what is unread on it.
+        """Wait until there is a connection whose peer has not closed it, and give it.
 
-        Raises `ConnectError` when *max_failures* attempts have failed since this call, though the
-        client goes on; `trio.ClosedResourceError` when it has ended. Any number of tasks may wait.
+        In a block without a handler that has read nothing from a connection whose peer has closed
+        it, that one is given up. Raises `ConnectError` when *max_failures* attempts have failed
+        since this call, though the client goes on; `trio.ClosedResourceError` when it has ended.
+        Any number of tasks may wait.
         """
         check_count("wait_connected", "max_failures", max_failures, least=1, unit="failures")
         await trio.lowlevel.checkpoint()
-        before = self._connector.failed
+        before = self._waiters.failed
         while True:
             conn = self._connection
             if conn is not None and conn.state is ConnectionState.CONNECTED:
                 if not conn.peer_closed:
                     return conn
-                if self._alone and conn.handler_scope is not None:
-                    # Unread input may hide its end, and nobody else will see to that.
-                    conn.handler_scope.cancel()
+                unread = not conn.statistics().bytes_received
+                if self._block is not None and self._handler is None and unread:
+                    # That may hide its end, and nobody will see to it.
+                    self._end_session(conn)
             if self._over or self._stopped:
                 # If it ended by an error, the nursery that this is in may be about to cancel us:
                 # then that error is the one to be heard of.
                 await trio.lowlevel.checkpoint()
                 raise self._not_connected()
-            if max_failures is not None and self._connector.failed - before >= max_failures:
-                text = f"{self.name}: no connection after {attempts_text(max_failures)}"
-                raise ConnectError(
-                    f"{text}: {self._failures[-1]}", list(self._failures)[-max_failures:]
-                )
-            await self._changes.park()
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this is a block without a handler."""
-        return self._block is not None and self._handler is None
+            if max_failures is not None and self._waiters.failed - before >= max_failures:
+                raise self._waiters.error(self.name, max_failures)
+            await self._waiters.wait()
 
     # -- sending, on whatever connection there is
 
@@ -190,11 +181,10 @@ class TcpClient:
         return conn
 
     def _not_connected(self) -> Exception:
+        reason = self._waiters.reason
         if self._over or self._stopped or not self._wanted:
-            return trio.ClosedResourceError(f"{self.name}: this client has ended")
-        news = self._connector.failed > self._failed_before
-        last = f": {self._failures[-1]}" if news else ""
-        return NotConnected(f"{self.name}: no connection at the moment{last}")
+            return trio.ClosedResourceError(f"{self.name}: this client has ended{reason}")
+        return NotConnected(f"{self.name}: no connection at the moment{reason}")
 
     # -- the ways to use it
 
@@ -208,9 +198,10 @@ class TcpClient:
         Returns after `disconnect` or `stop`, or when `retry` is off and the connection has ended.
         Raises `ConnectError` when no attempt is left. Cancelled, it closes the connection at once.
         """
-        handler = handler or self._handler
         if handler is None:
-            raise TypeError("TcpClient.run: pass a handler, here or to the client")
+            handler = self._handler
+        if not callable(handler):
+            raise TypeError(f"TcpClient: handler={handler!r}: pass an async function or Callbacks")
         self._begin()
         self._running = True
         await self._run(handler)
@@ -222,6 +213,9 @@ class TcpClient:
                     await handler(conn)
         finally:
             self._running = False
+            if self._connection is not None:
+                # Ctrl-C came between its making and its session.
+                self._forget(self._connection)
             self._end()
 
     async def __aenter__(self) -> Self:
@@ -257,9 +251,9 @@ class TcpClient:
                 yield
                 conn = self._connection
                 self.disconnect()
-                if self._alone and conn is not None and conn.handler_scope is not None:
+                if self._handler is None and conn is not None:
                     # Nobody is left to read an answer.
-                    conn.handler_scope.cancel()
+                    self._end_session(conn)
 
     def __aiter__(self) -> Self:
         """Give each connection in turn, and close it when the next is asked for.
@@ -276,7 +270,7 @@ class TcpClient:
             raise StopAsyncIteration
         return conn
 
-    def session(self, conn: TcpConnection) -> AbstractAsyncContextManager[TcpConnection]:
+    def session(self, conn: TcpConnection) -> ClientSession:
         """The time of one connection: ``async with client.session(conn):`` closes it at the end.
 
         Gracefully after the block's normal end; at once if it raises or is cancelled. That the
@@ -317,19 +311,22 @@ class TcpClient:
         self._connector.stop()
         if self._connection is not None:
             self._connection.force_close()
-        self._changes.unpark_all()
+        self._waiters.changed()
 
     # -- making connections
 
     def _begin(self) -> None:
-        if self._running:
+        if self._running or self._block is not None:
             raise trio.BusyResourceError(f"{self.name}: this client is in use already")
+        if not self._wanted:
+            # Our own end was no loss, which would ask for a pause.
+            self._connector.forget()
         self._wanted = True
         self._over = self._made_one = False
 
     def _end(self) -> None:
         self._over = True
-        self._changes.unpark_all()
+        self._waiters.changed()
 
     async def _next(self) -> TcpConnection | None:
         """The next connection, or None at the end."""
@@ -376,6 +373,7 @@ class TcpClient:
             return None
         return stream
 
+    @trio.lowlevel.enable_ki_protection
     def _enter(self, stream: trio.SocketStream) -> TcpConnection:
         where = format_address(peer_of(stream.socket))
         conn = connection_on(
@@ -387,10 +385,9 @@ class TcpClient:
         conn.handler_scope = trio.CancelScope()
         self._counters.opened += 1
         self._connected_at = trio.current_time()
-        self._failed_before = self._connector.failed
         self._made_one = True
         self._connection = conn
-        self._changes.unpark_all()
+        self._waiters.connected()
         return conn
 
     async def _leave(self, conn: TcpConnection) -> None:
@@ -400,6 +397,7 @@ class TcpClient:
         finally:
             self._forget(conn)
 
+    @trio.lowlevel.enable_ki_protection
     def _forget(self, conn: TcpConnection) -> None:
         conn.force_close(CloseReason.CANCELLED)
         # It refers to the task, and the task's frames to the connection.
@@ -411,9 +409,13 @@ class TcpClient:
             lived = trio.current_time() - self._connected_at
             logger.info("%s: ended after %.1f s (%s)", conn.name, lived, conn.close_reason.value)
 
+    @staticmethod
+    def _end_session(conn: TcpConnection) -> None:
+        if conn.handler_scope is not None:
+            conn.handler_scope.cancel()
+
     def _attempted(self, attempt: ConnectAttempt) -> None:
         if attempt.error is not None:
-            self._failures.append(attempt)
-            self._changes.unpark_all()
+            self._waiters.attempt_failed(attempt)
         if self._on_attempt is not None:
             self._on_attempt(attempt)
