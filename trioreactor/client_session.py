@@ -68,3 +68,9 @@ class ClientSession:
             await conn.aclose()
         close_and_log(conn, error, logger)
         return True  # noqa: ASYNC910 as above
+
+
+def end_session(conn: TcpConnection) -> None:
+    """Have the session of *conn* end, gracefully."""
+    if conn.handler_scope is not None:
+        conn.handler_scope.cancel()

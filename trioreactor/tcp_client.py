@@ -12,7 +12,7 @@ from typing import Self, Unpack
 import trio
 
 from trioreactor.address import format_address
-from trioreactor.client_session import ClientSession
+from trioreactor.client_session import ClientSession, end_session
 from trioreactor.client_statistics import ClientStatistics
 from trioreactor.client_waiters import ClientWaiters
 from trioreactor.connect_options import RetryOptions, check_known, check_on_attempt
@@ -147,7 +147,7 @@ class TcpClient:
                 unread = not conn.statistics().bytes_received
                 if self._block is not None and self._handler is None and unread:
                     # That may hide its end, and nobody will see to it.
-                    self._end_session(conn)
+                    end_session(conn)
             if self._over or self._stopped:
                 # If it ended by an error, the nursery that this is in may be about to cancel us:
                 # then that error is the one to be heard of.
@@ -253,7 +253,7 @@ class TcpClient:
                 self.disconnect()
                 if self._handler is None and conn is not None:
                     # Nobody is left to read an answer.
-                    self._end_session(conn)
+                    end_session(conn)
 
     def __aiter__(self) -> Self:
         """Give each connection in turn, and close it when the next is asked for.
@@ -408,11 +408,6 @@ class TcpClient:
             assert conn.close_reason is not None
             lived = trio.current_time() - self._connected_at
             logger.info("%s: ended after %.1f s (%s)", conn.name, lived, conn.close_reason.value)
-
-    @staticmethod
-    def _end_session(conn: TcpConnection) -> None:
-        if conn.handler_scope is not None:
-            conn.handler_scope.cancel()
 
     def _attempted(self, attempt: ConnectAttempt) -> None:
         if attempt.error is not None:
