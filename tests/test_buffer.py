@@ -18,6 +18,8 @@ from hypothesis.stateful import (
 
 from trioreactor import Buffer
 
+pytestmark = pytest.mark.pure
+
 pure = settings(deadline=None, derandomize=True, max_examples=100)
 
 WIDTHS = {8: "!b", 16: "!h", 32: "!i", 64: "!q"}
@@ -386,3 +388,54 @@ def test_views_of_larger_items_count_in_bytes() -> None:
     buffer.discard(9)
     buffer.prepend(view)
     assert bytes(buffer) == bytes(range(8)) + (bytes(range(8)) * 3)[9:]
+
+
+@given(head=contents, tail=contents, skipped=st.integers(0, 40), offset=st.integers(0, 40))
+@pure
+def test_unpack_is_struct_s_own_on_what_is_readable(
+    head: bytes, tail: bytes, skipped: int, offset: int
+) -> None:
+    """`unpack` looks at what lies *offset* bytes from the front, and consumes nothing."""
+    buffer = Buffer(head)
+    buffer.append(tail)
+    buffer.discard(min(skipped, buffer.size))
+    readable = bytes(buffer)
+    for layout in map(struct.Struct, ["!b", "<h", "!iH", "<q", "!3s"]):
+        if offset + layout.size <= len(readable):
+            assert buffer.unpack(layout, offset) == layout.unpack_from(readable, offset)
+        else:
+            with pytest.raises(ValueError, match=f"asked for {offset + layout.size} bytes"):
+                buffer.unpack(layout, offset)
+        assert bytes(buffer) == readable
+
+
+def test_unpack_does_not_look_behind_the_front() -> None:
+    """What has been consumed is gone, also for an offset that would point back to it."""
+    buffer = Buffer(b"abcd")
+    buffer.append(b"efgh")
+    buffer.discard(2)
+    with pytest.raises(ValueError, match="cannot unpack from -2: pass a number >= 0"):
+        buffer.unpack(struct.Struct("!h"), -2)
+    assert buffer.unpack(struct.Struct("!2s")) == (b"cd",)
+
+
+@pytest.mark.parametrize("chunks", [[b"head-and-body"], [b"head", b"-and-body"]])
+def test_take_after(chunks: list[bytes]) -> None:
+    """What is behind a header comes alone, from one chunk as from several; both are consumed."""
+    buffer = Buffer()
+    for chunk in chunks:
+        buffer.append(chunk)
+    assert (buffer.take_after(5, 3), bytes(buffer)) == (b"and", b"-body")
+    assert (buffer.take_after(0, 1), bytes(buffer)) == (b"-", b"body")
+    taken = buffer.take_after(2, 2)
+    assert (type(taken), taken, len(buffer)) == (bytes, b"dy", 0)
+    assert buffer.take_after(0, 0) == b""
+
+
+@pytest.mark.parametrize(("skip", "n"), [(3, 3), (6, 0), (0, 6), (-1, 2), (2, -1)])
+def test_take_after_what_is_not_there(skip: int, n: int) -> None:
+    """Raises, and consumes nothing."""
+    buffer = Buffer(b"12345")
+    with pytest.raises(ValueError, match="of a buffer that holds 5"):
+        buffer.take_after(skip, n)
+    assert bytes(buffer) == b"12345"

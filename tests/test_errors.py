@@ -23,6 +23,8 @@ from trioreactor import (
     errors,
 )
 
+pytestmark = pytest.mark.pure
+
 own_errors = [
     value
     for value in vars(errors).values()

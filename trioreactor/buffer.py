@@ -19,6 +19,7 @@ most twice what is readable plus one chunk, and each byte is moved O(1) times.
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 _INT8 = struct.Struct("!b")
 _INT16 = struct.Struct("!h")
@@ -107,6 +108,16 @@ class Buffer:
         self._advance(n)
         return taken
 
+    def take_after(self, skip: int, n: int) -> bytes:
+        """Discard *skip* bytes, then consume and return exactly *n*: what is behind a header."""
+        total = skip + n
+        if skip < 0 or n < 0 or total > self.size:
+            raise self._out_of_range(total)
+        start = self._start + skip
+        taken = self._data[start : start + n]
+        self._advance(total)
+        return taken if type(taken) is bytes else bytes(taken)
+
     def discard(self, n: int) -> None:
         """Consume exactly *n* bytes."""
         if n < 0 or n > self.size:
@@ -134,6 +145,14 @@ class Buffer:
         up_to = max(start, self.size - len(delimiter) + 1)
         self._scan = (bytes(delimiter), start, up_to)
         return -1
+
+    def unpack(self, layout: struct.Struct, offset: int = 0) -> tuple[Any, ...]:
+        """The fields of *layout*, *offset* bytes from the front, without consuming them."""
+        if offset < 0:
+            raise ValueError(f"cannot unpack from {offset}: pass a number >= 0")
+        if self.size < offset + layout.size:
+            raise self._out_of_range(offset + layout.size)
+        return layout.unpack_from(self._data, self._start + offset)
 
     def peek_int8(self) -> int:
         """The signed 8-bit integer at the front."""

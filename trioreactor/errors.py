@@ -67,6 +67,14 @@ class ProtocolError(TrioReactorError):
     """The peer sent what the protocol does not allow. Its connection ends, nothing else does."""
 
 
+class FrameTooLarge(ProtocolError):
+    """A message is longer than the codec's `max_frame`: found before anything was allocated."""
+
+
+class IncompleteFrame(ProtocolError):
+    """The peer's EOF came inside a message."""
+
+
 class ReceiveBufferFull(ProtocolError):
     """`on_message` left `Watermarks.receive_limit` bytes unconsumed, so no more can be read.
 

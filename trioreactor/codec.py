@@ -1,0 +1,179 @@
+"""Codec: cuts a stream of bytes into messages and back. It does no I/O, so it fits both modes."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from trioreactor.errors import IncompleteFrame, ProtocolError
+from trioreactor.options import check_count, check_present
+
+if TYPE_CHECKING:
+    from trioreactor.buffer import Buffer
+    from trioreactor.tcp_connection import TcpConnection
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class NeedMore(enum.Enum):
+    """The type of `NEED_MORE`."""
+
+    NEED_MORE = "need more"
+
+
+NEED_MORE: Final = NeedMore.NEED_MORE
+"""What `Codec.decode` answers when the buffer does not hold a whole message yet."""
+
+# In dispatch mode, messages that one connection is given before the others have their turn. At a
+# microsecond or two for each it is a turn of about the length that a read of 64 KiB takes.
+MESSAGES_PER_TURN = 128
+
+# More than any header, and what a read may have brought behind a message.
+READ_AHEAD = 65536
+
+
+class Codec(ABC, Generic[T]):
+    """Decodes from a `Buffer` and encodes to bytes. T is the type of a message.
+
+    One of your own is a subclass with `decode` and `encode`, and passes its limit on:
+    ``super().__init__(max_frame)``. A codec has no state: one serves any number of connections.
+    What `decode` raises is a `ProtocolError`, and what a message cannot be encoded for is a
+    `ValueError`.
+    """
+
+    __slots__ = ("max_frame",)
+
+    def __init__(self, max_frame: int) -> None:
+        check_max_frame(type(self).__name__, max_frame)
+        self.max_frame = max_frame
+
+    @abstractmethod
+    def decode(self, buffer: Buffer) -> T | NeedMore:
+        """Take one message from the front of *buffer*, or answer `NEED_MORE` and take nothing.
+
+        Raises `FrameTooLarge` as soon as it is known, or another `ProtocolError`.
+        """
+
+    @abstractmethod
+    def encode(self, message: T) -> bytes:
+        """*message* as it goes on the wire. `ValueError` if it cannot be sent by this codec."""
+
+    def check_end(self, buffer: Buffer) -> None:
+        """The peer's EOF has come: raise `IncompleteFrame` if it is inside a message."""
+        if buffer.size:
+            raise IncompleteFrame(
+                f"the peer's EOF came inside a message, {buffer.size} bytes into it"
+            )
+
+    def map(self, encode: Callable[[U], T], decode: Callable[[T], U]) -> Codec[U]:
+        """The same framing with other messages: *decode* makes one of what this codec gives.
+
+        What *decode* raises becomes a `ProtocolError`, what *encode* raises leaves as it is.
+        """
+        return MappedCodec(self, encode, decode)
+
+    def on_message(self, callback: Callable[[TcpConnection, T], object]) -> MessageDelivery[T]:
+        """A callback for `TcpConnection.dispatch` and `Callbacks`, which calls *callback* with each
+        message: ``callback(conn, message)``. Send by ``conn.send(codec.encode(message))``.
+
+        No message is delivered while the connection does not read (`stop_reading`) and after its
+        close. When a connection has many, the others have their turn between them.
+        """
+        return MessageDelivery(self, callback)
+
+
+def check_max_frame(owner: str, max_frame: int) -> None:
+    """Raise unless *max_frame* is a number of bytes."""
+    check_present(owner, max_frame=max_frame)
+    check_count(owner, "max_frame", max_frame, least=1, unit="bytes")
+
+
+def check_taken(codec: Codec[T], taken: int) -> None:
+    """Raise if a turn's messages took no bytes from the buffer: the same would come for ever."""
+    if taken <= 0:
+        raise RuntimeError(
+            f"{type(codec).__name__}.decode gave {MESSAGES_PER_TURN} messages and took nothing "
+            "from the buffer: it must take each message that it gives, and answer NEED_MORE "
+            "(not None) when there is no whole one"
+        )
+
+
+def check_codec(owner: str, codec: object) -> None:
+    """Raise unless *codec* is one."""
+    if not isinstance(codec, Codec):
+        raise TypeError(f"{owner}(codec={codec!r}): pass a Codec, such as LineCodec()")
+
+
+class MessageDelivery(Generic[T]):
+    """What `Codec.on_message` gives."""
+
+    __slots__ = ("_callback", "_codec", "_decode", "room")
+
+    def __init__(self, codec: Codec[T], callback: Callable[[TcpConnection, T], object]) -> None:
+        self._codec = codec
+        self._decode = codec.decode
+        self._callback = callback
+        # `Watermarks.receive_limit` is for what a callback leaves: a codec leaves what is no whole
+        # message yet, and has a limit of its own for that. With its header, and what came with it.
+        self.room = codec.max_frame + READ_AHEAD
+
+    def __call__(self, conn: TcpConnection, buffer: Buffer) -> None:
+        """Decode and deliver what there is, up to a turn's worth."""
+        decode, callback = self._decode, self._callback
+        count, size = 0, buffer.size
+        while count < MESSAGES_PER_TURN:
+            message = decode(buffer)
+            if message is NEED_MORE:
+                conn.decoded(count, buffer.size)
+                return
+            count += 1
+            callback(conn, message)
+            if not conn.delivering:
+                # Until it goes on, nothing is expected of the peer.
+                conn.decoded(count, 0)
+                return
+        check_taken(self._codec, size - buffer.size)
+        # What has not been looked at may be whole messages.
+        conn.decoded(count, 0)
+        if buffer.size:
+            conn.deliver_again()
+
+    def at_eof(self, buffer: Buffer) -> None:
+        """`dispatch` has met the peer's EOF: raise `IncompleteFrame` if it is inside a message."""
+        self._codec.check_end(buffer)
+
+
+class MappedCodec(Codec[U], Generic[U, T]):
+    """A codec around another one: see `Codec.map`."""
+
+    __slots__ = ("_decode", "_encode", "_framing")
+
+    def __init__(
+        self, framing: Codec[T], encode: Callable[[U], T], decode: Callable[[T], U]
+    ) -> None:
+        super().__init__(framing.max_frame)
+        self._framing = framing
+        self._encode = encode
+        self._decode = decode
+
+    def decode(self, buffer: Buffer) -> U | NeedMore:
+        """What the framing gives, decoded."""
+        frame = self._framing.decode(buffer)
+        if frame is NEED_MORE:
+            return NEED_MORE
+        try:
+            return self._decode(frame)
+        except Exception as error:
+            # Whatever a decoder raises (json even RecursionError), the peer's bytes made it.
+            raise ProtocolError(f"the message cannot be decoded: {error}") from error
+
+    def encode(self, message: U) -> bytes:
+        """The encoded message in its frame."""
+        return self._framing.encode(self._encode(message))
+
+    def check_end(self, buffer: Buffer) -> None:
+        """As the framing."""
+        self._framing.check_end(buffer)
