@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trioreactor import Watermarks
-from trioreactor.send_buffer import ENTRY_OVERHEAD, Crossing, SendBuffer, bytes_view, kept
+from trioreactor.send_buffer import (
+    ENTRY_OVERHEAD,
+    Crossing,
+    Droppable,
+    SendBuffer,
+    bytes_view,
+    kept,
+)
+
+pytestmark = pytest.mark.pure
 
 pure = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -129,6 +138,193 @@ SendBufferModel.TestCase.settings = settings(
     deadline=None, derandomize=True, max_examples=60, stateful_step_count=40
 )
 TestSendBufferModel = SendBufferModel.TestCase
+
+
+class DroppingModel(RuleBasedStateMachine):
+    """A SendBuffer of messages, some of which may be dropped, beside a list of them.
+
+    What is not written yet is a list of messages, each with its number in every byte; of the first
+    a part may be written. Dropping takes messages from this list by the rule, and the bytes that
+    leave the buffer are always those of the list.
+    """
+
+    @initialize(high=st.integers(1, 1000), low=st.floats(0, 0.99), room=st.integers(0, 3000))
+    def start(self, high: int, low: float, room: int) -> None:
+        self.marks = Watermarks(high=high, low=int(low * high), limit=1024 + room)
+        self.buffer = SendBuffer(self.marks)
+        # Each message: what is left of it, whether it may be dropped, whether it is whole.
+        self.queue: list[tuple[bytes, bool, bool]] = []
+        self.made = self.dropped = 0
+        self.crossings: list[Crossing] = []
+
+    def note(self, crossing: Crossing) -> None:
+        if crossing is not Crossing.NONE:
+            self.crossings.append(crossing)
+
+    @rule(n=st.one_of(st.integers(1, 60), st.integers(300, 1500)), may_drop=st.booleans())
+    def append(self, n: int, may_drop: bool) -> None:
+        if self.buffer.has_room(n):
+            self.made += 1
+            data = b"%04d" % self.made * (n // 4) + b"." * (n % 4)
+            self.note(self.buffer.append(Droppable(data) if may_drop else data))
+            self.queue.append((data, may_drop, True))
+
+    @precondition(lambda self: self.queue)
+    @rule(share=st.floats(0, 1))
+    def write(self, share: float) -> None:
+        offered = b"".join(self.buffer.gather())
+        assert b"".join(data for data, _, _ in self.queue).startswith(offered)
+        n = int(share * len(offered))
+        self.note(self.buffer.consume(n))
+        while n:
+            data, may_drop, _ = self.queue.pop(0)
+            if len(data) > n:
+                self.queue.insert(0, (data[n:], may_drop, False))
+                break
+            n -= len(data)
+
+    @rule(n=st.integers(0, 4000))
+    def drop_oldest(self, n: int) -> None:
+        """Oldest first, none too few and none too many, and only those that may go."""
+        before = self.buffer.dropped
+        self.note(self.buffer.drop_oldest(n))
+        gone = self.buffer.dropped - before
+        self.dropped += gone
+        could_go = [i for i, (_, may_drop, whole) in enumerate(self.queue) if may_drop and whole]
+        assert gone <= len(could_go)
+        if self.buffer.has_room(n):
+            last = len(self.queue[could_go[gone - 1]][0]) if gone else 0
+            limit = self.buffer.limit
+            assert limit is not None
+            # One less would not have done.
+            assert not gone or self.buffer.memory + last + n + 2 * ENTRY_OVERHEAD > limit
+        else:
+            # Not even all of them would have done, so none went.
+            assert gone == 0
+            rest = sum(len(self.queue[i][0]) + ENTRY_OVERHEAD for i in could_go)
+            assert not self.buffer.has_room(n - rest)
+        for i in reversed(could_go[:gone]):
+            del self.queue[i]
+
+    @invariant()
+    def accounts(self) -> None:
+        buffer = self.buffer
+        assert buffer.size == sum(len(data) for data, _, _ in self.queue)
+        assert (buffer.entries == 0) == (not self.queue)
+        assert buffer.memory == buffer.size + ENTRY_OVERHEAD * buffer.entries
+        assert buffer.limit is None or buffer.memory <= buffer.limit
+        assert buffer.dropped == self.dropped
+        assert buffer.droppable == sum(
+            len(data) + ENTRY_OVERHEAD for data, may_drop, whole in self.queue if may_drop and whole
+        )
+
+    @invariant()
+    def crossings_come_in_pairs(self) -> None:
+        buffer = self.buffer
+        assert self.crossings == [Crossing.HIGH, Crossing.LOW] * buffer.resumes + (
+            [Crossing.HIGH] if buffer.congested else []
+        )
+        assert buffer.pauses == buffer.resumes + buffer.congested
+        assert not (buffer.congested and buffer.size <= buffer.low)
+        assert buffer.congested or buffer.size <= buffer.high
+
+    def teardown(self) -> None:
+        if hasattr(self, "buffer"):
+            left = b"".join(data for data, _, _ in self.queue)
+            while self.buffer.size:
+                offered = b"".join(self.buffer.gather())
+                assert offered
+                assert left.startswith(offered)
+                left = left[len(offered) :]
+                self.buffer.consume(len(offered))
+            assert not left
+
+
+DroppingModel.TestCase.settings = settings(
+    deadline=None, derandomize=True, max_examples=60, stateful_step_count=40
+)
+TestDroppingModel = DroppingModel.TestCase
+
+
+def test_what_may_be_dropped_is_an_entry_of_its_own() -> None:
+    """However small: it is not gathered with its neighbours, nor they with it, and one object
+    serves every queue.
+    """
+    message = Droppable(b"news")
+    buffers = [SendBuffer(Watermarks(high=1024, low=0, limit=1024)) for _ in range(2)]
+    for buffer in buffers:
+        buffer.append(b"before")
+        buffer.append(message)
+        buffer.append(b"after")
+        assert [bytes(chunk) for chunk in buffer.gather()] == [b"before", b"news", b"after"]
+        assert buffer.gather()[1] is message
+        buffer.drop_oldest(800)
+        assert b"".join(buffer.gather()) == b"beforeafter"
+        assert (buffer.size, buffer.entries, buffer.dropped) == (11, 2, 1)
+        # What follows is gathered again, in its place.
+        buffer.append(b"wards")
+        assert [bytes(chunk) for chunk in buffer.gather()] == [b"before", b"afterwards"]
+
+
+def test_what_is_partly_written_is_never_dropped() -> None:
+    """One byte of it with the kernel, and the rest must follow; with none there, it may go."""
+    buffer = SendBuffer(Watermarks(high=1024, low=0, limit=1024))
+    buffer.append(b"first")
+    for text in (b"second", b"third"):
+        buffer.append(Droppable(text))
+    buffer.consume(5 + 1)
+    buffer.drop_oldest(880)
+    assert b"".join(buffer.gather()) == b"econd"
+    assert buffer.dropped == 1
+    # A whole one at the head, of which nothing is written.
+    buffer.consume(5)
+    buffer.append(Droppable(b"fourth"))
+    buffer.drop_oldest(1024 - ENTRY_OVERHEAD)
+    assert (buffer.size, buffer.entries, buffer.dropped) == (0, 0, 2)
+    # No room was ever made that is not needed.
+    buffer.append(Droppable(b"fifth"))
+    buffer.drop_oldest(100)
+    assert (buffer.size, buffer.dropped) == (5, 2)
+
+
+def test_no_more_is_dropped_than_it_takes() -> None:
+    """For every size: as few as make room for it, counting the entries that stay; and none where
+    not even all of them would.
+    """
+    for n in range(1100):
+        buffer = SendBuffer(Watermarks(high=1024, low=0, limit=1024))
+        for _ in range(6):
+            buffer.append(b"reply")
+            buffer.append(Droppable(b"n" * 16))
+        # Each drop gives back its bytes and its entry's share, until all six are gone.
+        missing = buffer.memory + ENTRY_OVERHEAD + n - 1024
+        needed = max(0, -(-missing // (16 + ENTRY_OVERHEAD)))
+        buffer.drop_oldest(n)
+        assert buffer.dropped == (needed if needed <= 6 else 0)
+        assert b"".join(buffer.gather()) == (
+            b"reply" * buffer.dropped + (b"reply" + b"n" * 16) * (6 - buffer.dropped)
+        )
+
+
+def test_nothing_is_dropped_without_a_limit() -> None:
+    """With room for anything there is no reason."""
+    buffer = SendBuffer(Watermarks(limit=None))
+    buffer.append(Droppable(bytes(100000)))
+    assert buffer.drop_oldest(2**40) is Crossing.NONE
+    assert (buffer.size, buffer.dropped) == (100000, 0)
+
+
+def test_dropping_may_sink_it() -> None:
+    """A drop that brings it to the low mark is a crossing, told once."""
+    buffer = SendBuffer(Watermarks(high=1000, low=500, limit=1500))
+    buffer.append(Droppable(bytes(400)))
+    assert buffer.append(Droppable(bytes(700))) is Crossing.HIGH
+    assert buffer.drop_oldest(400) is Crossing.NONE
+    assert (buffer.size, buffer.congested) == (700, True)
+    assert buffer.drop_oldest(1000) is Crossing.LOW
+    assert (buffer.size, buffer.congested) == (0, False)
+    assert (buffer.pauses, buffer.resumes) == (1, 1)
+    assert buffer.drop_oldest(1000) is Crossing.NONE
 
 
 @pytest.mark.parametrize("n", [1, 65536, 1048576])
@@ -328,3 +524,32 @@ def test_kept() -> None:
         data[15] ^= 0xFF
         assert copy == fixed[10:20]
         data[15] ^= 0xFF
+
+
+def test_append_below() -> None:
+    """It appends up to the high mark and within the limit, and beyond that does nothing."""
+    buffer = SendBuffer(Watermarks(high=1200, low=10, limit=1200 + 2 * ENTRY_OVERHEAD))
+    assert buffer.append_below(b"x" * 600)
+    assert not buffer.append_below(b"y" * 601)
+    assert buffer.append_below(b"y" * 600)
+    assert (buffer.size, buffer.congested, buffer.entries) == (1200, False, 2)
+    assert not buffer.append_below(b"z")
+    assert buffer.consume(1199) is Crossing.NONE
+    assert buffer.append_below(b"z")
+    assert b"".join(map(bytes, buffer.gather())) == b"yz"
+
+
+def test_append_below_at_the_limit() -> None:
+    """The queue's own overhead counts: where an entry has no room, nothing is appended."""
+    buffer = SendBuffer(Watermarks(high=1024, low=10, limit=1024))
+    assert buffer.append_below(b"x" * (1024 - 2 * ENTRY_OVERHEAD))
+    assert buffer.append_below(b"y" * ENTRY_OVERHEAD) is False
+    assert buffer.entries == 1
+
+
+def test_what_may_be_dropped_stays_an_entry_of_its_own() -> None:
+    """`append_below` gathers small data, but not what may be dropped whole."""
+    buffer = SendBuffer(Watermarks())
+    for data in (b"a", b"b", Droppable(b"c"), b"d"):
+        assert buffer.append_below(data)
+    assert [bytes(chunk) for chunk in buffer.gather()] == [b"ab", b"c", b"d"]

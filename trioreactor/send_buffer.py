@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from itertools import islice
+from typing import Self
 
 from trioreactor.options import Watermarks
 
@@ -34,6 +35,20 @@ _TAIL_LIMIT = 16384
 # One gather write: Linux takes at most IOV_MAX (1024) chunks; the gain is flat after a few dozen.
 _GATHER_CHUNKS = 64
 _GATHER_BYTES = 262144
+
+
+class Droppable(bytes):
+    """A message that may be dropped whole while nothing of it has been written.
+
+    One object serves every connection that a broadcast goes to.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, data: bytes | bytearray | memoryview) -> Self:
+        """A copy of *data*, as it is now."""
+        # bytes would make zeros of a number.
+        return super().__new__(cls, bytes_view(data))
 
 
 class Crossing(enum.Enum):
@@ -54,7 +69,19 @@ class SendBuffer:
     once, as a `Crossing`.
     """
 
-    __slots__ = ("_chunks", "congested", "high", "limit", "low", "size")
+    __slots__ = (
+        "_chunks",
+        "congested",
+        "droppable",
+        "dropped",
+        "high",
+        "limit",
+        "low",
+        "pauses",
+        "refused",
+        "resumes",
+        "size",
+    )
 
     def __init__(self, watermarks: Watermarks) -> None:
         self._chunks: deque[bytes | bytearray | memoryview] = deque()
@@ -63,6 +90,15 @@ class SendBuffer:
         self.limit = watermarks.limit
         self.size = 0
         self.congested = False
+        # Crossings, counted so that anybody can see that they come in pairs.
+        self.pauses = 0
+        self.resumes = 0
+        # What `memory` would be less by if all that may be dropped were.
+        self.droppable = 0
+        # Messages that were dropped for want of room.
+        self.dropped = 0
+        # Those of them that were never queued.
+        self.refused = 0
 
     def __len__(self) -> int:
         return self.size
@@ -90,9 +126,28 @@ class SendBuffer:
 
         The caller has asked `has_room` before.
         """
+        self._put(data, len(data))
+        if self.size > self.high and not self.congested:
+            self.congested = True
+            self.pauses += 1
+            return Crossing.HIGH
+        return Crossing.NONE
+
+    def append_below(self, data: bytes | memoryview) -> bool:
+        """`append`, if that crosses no mark and there is room. Whether it was done."""
         n = len(data)
+        size = self.size + n
         chunks = self._chunks
-        if n < _GATHER_BELOW:
+        if size > self.high or (
+            self.limit is not None and size + ENTRY_OVERHEAD * (len(chunks) + 1) > self.limit
+        ):
+            return False
+        self._put(data, n)
+        return True
+
+    def _put(self, data: bytes | memoryview, n: int) -> None:
+        chunks = self._chunks
+        if n < _GATHER_BELOW and type(data) is not Droppable:
             tail = chunks[-1] if chunks else None
             if type(tail) is bytearray and len(tail) < _TAIL_LIMIT:
                 tail += data
@@ -100,11 +155,9 @@ class SendBuffer:
                 chunks.append(bytearray(data))
         else:
             chunks.append(data)
+            if type(data) is Droppable:
+                self.droppable += n + ENTRY_OVERHEAD
         self.size += n
-        if self.size > self.high and not self.congested:
-            self.congested = True
-            return Crossing.HIGH
-        return Crossing.NONE
 
     def gather(self) -> list[bytes | bytearray | memoryview]:
         """The chunks for one gather write, in order: at least one if any is queued."""
@@ -126,6 +179,8 @@ class SendBuffer:
         self.size -= n
         while n:
             head = chunks[0]
+            if type(head) is Droppable:
+                self.droppable -= len(head) + ENTRY_OVERHEAD
             if n < len(head):
                 if type(head) is bytearray and len(chunks) == 1:
                     # It is the tail too and may yet grow, which a view would forbid.
@@ -135,15 +190,47 @@ class SendBuffer:
                 break
             n -= len(head)
             chunks.popleft()
+        return self._sunk()
+
+    def _sunk(self) -> Crossing:
         if self.congested and self.size <= self.low:
             self.congested = False
+            self.resumes += 1
             return Crossing.LOW
         return Crossing.NONE
+
+    def refuse(self) -> None:
+        """A message is dropped before it is queued."""
+        self.dropped += 1
+        self.refused += 1
+
+    def drop_oldest(self, n: int) -> Crossing:
+        """Drop the oldest `Droppable` messages until *n* more bytes have room; none, if not even
+        all of them would make that.
+        """
+        room = self.has_room(n)
+        if not room and not self.has_room(n - self.droppable):
+            return Crossing.NONE
+        chunks = self._chunks
+        stay: list[bytes | bytearray | memoryview] = []
+        while chunks and not room:
+            chunk = chunks.popleft()
+            if type(chunk) is Droppable:
+                self.size -= len(chunk)
+                self.droppable -= len(chunk) + ENTRY_OVERHEAD
+                self.dropped += 1
+                room = self.limit is None or (
+                    self.memory + ENTRY_OVERHEAD * (len(stay) + 1) + n <= self.limit
+                )
+            else:
+                stay.append(chunk)
+        chunks.extendleft(reversed(stay))
+        return self._sunk()
 
     def clear(self) -> None:
         """Drop everything. No crossing: whoever clears has closed the connection."""
         self._chunks.clear()
-        self.size = 0
+        self.size = self.droppable = 0
         self.congested = False
 
 

@@ -1,0 +1,51 @@
+"""SendingAttributes: how a connection's way out is, for those who pace what they send."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trioreactor.write_half import WriteHalf
+
+
+class SendingAttributes:
+    """Pacing."""
+
+    __slots__ = ()
+
+    _write: WriteHalf
+
+    @property
+    def buffered(self) -> int:
+        """Bytes queued for sending, that the kernel has not taken yet."""
+        return self._write.queued
+
+    @property
+    def congested(self) -> bool:
+        """Whether the send buffer rose above the high-water mark, and has not sunk since."""
+        return self._write.buffer.congested
+
+    def takes(self, size: int) -> bool:
+        """Whether *size* bytes may be sent now without passing a mark that was heeded: the send
+        buffer is not congested, and they stay within the hard limit (or exceed it alone).
+        """
+        return self._write.takes(size)
+
+    async def wait_uncongested(self, size: int = 0) -> None:
+        """`wait_send_all_might_not_block`, for any number of tasks, and until `takes` (*size*)."""
+        await self._write.wait_uncongested(size)
+
+    def cork(self) -> None:
+        """Gather what is sent from here on; it leaves together, in order, at `uncork` or in the
+        loop's next turn. In a dispatch callback that is so without asking.
+        """
+        self._write.cork()
+
+    def uncork(self) -> None:
+        """Hand what was gathered to the kernel now. Never raises; who sends next hears of it."""
+        self._write.uncork()
+
+    @property
+    def refused(self) -> int:
+        """How many offered messages were dropped at once, instead of older ones."""
+        return self._write.buffer.refused

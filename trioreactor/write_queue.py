@@ -1,0 +1,325 @@
+"""WriteQueue: what is sent on a connection, in order. Nothing here waits."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from trioreactor.errors import SendBufferFull
+from trioreactor.half_owner import GONE
+from trioreactor.send_buffer import ENTRY_OVERHEAD, Crossing, SendBuffer, bytes_view, kept
+from trioreactor.sockets import broken
+
+if TYPE_CHECKING:
+    from trioreactor.channel import Channel
+    from trioreactor.ending import Ending
+    from trioreactor.half_owner import HalfOwner
+    from trioreactor.options import Watermarks
+    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.stall_watch import StallWatch
+
+# Gather writes in one go before others have their turn: at most a megabyte, with the buffer's own
+# bound on each.
+_WRITES_PER_TURN = 4
+
+
+class WriteQueue:
+    """Writes at once when nothing is queued; what the kernel does not take is queued.
+
+    The queue is flushed on the next writable edge, so no task is needed. While corked (a dispatch
+    callback runs, or messages that came together are answered), sends are gathered and leave
+    together in `uncork`.
+    """
+
+    __slots__ = (
+        "_accepting",
+        "_closing",
+        "_ending",
+        "_eof_wanted",
+        "_failed",
+        "_lot",
+        "_owner",
+        "_sock",
+        "buffer",
+        "bytes_sent",
+        "channel",
+        "corked",
+        "eof_sent",
+        "held",
+        "moved",
+        "notify_complete",
+        "open",
+        "stall_watch",
+    )
+
+    channel: Channel
+
+    def __init__(
+        self,
+        owner: HalfOwner,
+        ending: Ending,
+        sock: ConnectedSocket,
+        watermarks: Watermarks,
+    ) -> None:
+        self._owner: HalfOwner = owner  # replaced by `GONE` at the close
+        self._ending = ending
+        self._sock = sock
+        self.buffer = SendBuffer(watermarks)
+        self.bytes_sent = 0
+        # False once `end` or `fail` was called: nothing new may be sent.
+        self.open = True
+        # `open`, and no send_all is streaming slices that another send would tear apart.
+        self._accepting = True
+        self._failed = False
+        # `aclose` has begun: whoever waits for room hears of it at once.
+        self._closing = False
+        self.eof_sent = False
+        self._eof_wanted = False
+        # Somebody wants `on_write_complete`.
+        self.notify_complete = False
+        # Gather what is sent, until `uncork`.
+        self.corked = False
+        # What was gathered, while it is one piece: for most callbacks send one, and a queue for it
+        # costs as much as all the rest of a send.
+        self.held: bytes | memoryview | None = None
+        # Made by the first who waits.
+        self._lot: trio.lowlevel.ParkingLot | None = None
+        self.stall_watch: StallWatch | None = None  # told when something waits, and moves
+        self.moved: float | None = None  # when the kernel last took something, if it matters
+
+    @property
+    def queued(self) -> int:
+        """Bytes that the kernel has not taken yet."""
+        return self.buffer.size + (0 if self.held is None else len(self.held))
+
+    # -- sending
+
+    @trio.lowlevel.enable_ki_protection
+    def send(self, data: bytes | bytearray | memoryview) -> bool:
+        """Take all of *data*, now and in order. True unless congested afterwards."""
+        if not self._accepting:
+            raise self._refusal()
+        if type(data) is not bytes:
+            data = bytes_view(data)
+        n = len(data)
+        buffer = self.buffer
+        if not n:
+            return not buffer.congested
+        if self.corked:
+            if not buffer.size:
+                if self.held is None and n <= buffer.high:
+                    self.held = kept(data)
+                    return True
+                self._queue_held()
+            if buffer.append_below(kept(data)):
+                return not buffer.congested
+            # Gathering more would cross a mark that writing may yet avoid.
+            if buffer.size:
+                self.flush()
+                if not self.open:
+                    raise self._refusal()
+        if not buffer.size:
+            try:
+                sent = self._sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._owner.on_send_failed(error)
+                raise broken(error) from error
+            self.bytes_sent += sent
+            if sent and self.moved is not None:
+                self.moved = trio.current_time()
+            if sent == n:
+                if self.notify_complete:
+                    self._owner.on_write_complete()
+                return True
+            self.enqueue(memoryview(data)[sent:])
+            self._wait_for_room()
+        else:
+            self.enqueue(data)
+        return not buffer.congested
+
+    def enqueue(self, data: bytes | memoryview) -> None:
+        """Queue *data*; `SendBufferFull`, and the end of the connection, if it has no room."""
+        buffer = self.buffer
+        if not buffer.has_room(len(data)):
+            error = SendBufferFull(
+                f"{len(data)} bytes more than the {buffer.size} that wait for the peer would pass "
+                f"the limit of {buffer.limit}: when send() answers False, wait with "
+                "wait_send_all_might_not_block()"
+            )
+            self._owner.on_send_buffer_full()
+            raise error
+        if buffer.append(kept(data)) is Crossing.HIGH:
+            self._owner.on_high_water_mark()
+
+    def cork(self) -> None:
+        """Gather what is sent, until `uncork` or the poller's next turn."""
+        if not self.corked:
+            self.corked = True
+            self.channel.poller.call_soon(self.uncork)
+
+    def uncork(self) -> None:
+        """Write what was gathered while `corked`. Never raises. Idempotent."""
+        if not self.corked:
+            return
+        self.corked = False
+        held = self.held
+        if held is not None:
+            self.held = None
+            # The owner has heard of it, and the callback that sent is over.
+            with suppress(trio.BrokenResourceError):
+                self.send(held)
+            if self._lot:
+                self.wake()
+        elif self.buffer.size:
+            self.flush()
+
+    def _queue_held(self) -> None:
+        if self.held is not None:
+            # It is no more than the high mark and nothing else is queued: no crossing.
+            self.buffer.append(self.held)
+            self.held = None
+
+    def takes(self, n: int) -> bool:
+        """Whether *n* bytes may be sent by one who heeds the marks: not congested, and they have
+        room, or never will.
+        """
+        buffer = self.buffer
+        if buffer.congested:
+            return False
+        held = 0 if self.held is None else len(self.held) + ENTRY_OVERHEAD
+        return buffer.has_room(held + n) or not buffer.can_ever_hold(n)
+
+    def _refusal(self) -> Exception:
+        if self.open:
+            return trio.BusyResourceError(
+                "another task is streaming data larger than the send buffer's limit"
+            )
+        return self._ending.error()
+
+    def wake(self) -> None:
+        """Wake every waiter, to look again."""
+        if self._lot:
+            self.channel.poller.woke = True
+            self._lot.unpark_all()
+
+    # -- flushing
+
+    def on_writable(self) -> None:
+        """The kernel takes data again."""
+        if self.buffer.size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is queued, until the kernel takes no more or it is others' turn."""
+        buffer = self.buffer
+        for _ in range(_WRITES_PER_TURN):
+            chunks = buffer.gather()
+            try:
+                if len(chunks) == 1:
+                    offered = len(chunks[0])
+                    sent = self._sock.send(chunks[0])
+                else:
+                    offered = sum(map(len, chunks))
+                    sent = self._sock.sendmsg(chunks)
+            except BlockingIOError:
+                self._wait_for_room()
+                return
+            except OSError as error:
+                self._owner.on_send_failed(error)
+                return
+            self.bytes_sent += sent
+            if self.moved is not None:
+                self.moved = trio.current_time()
+            if self.stall_watch is not None:
+                self.stall_watch.progress()
+            if buffer.consume(sent) is Crossing.LOW:
+                self.sank()
+            if self._lot:
+                self.wake()
+            if not buffer.size:
+                self._emptied()
+                return
+            if sent < offered:
+                # A short write means that the kernel is full, so an edge will come.
+                self._wait_for_room()
+                return
+        self.channel.poller.call_soon(self.on_writable)
+
+    def sank(self) -> None:
+        """The buffer has sunk to the low mark."""
+        self._owner.on_low_water_mark()
+        self.wake()
+
+    def _emptied(self) -> None:
+        if self.stall_watch is not None:
+            self.stall_watch.stop()
+        if self._eof_wanted:
+            self._send_eof()
+        if self.notify_complete:
+            self._owner.on_write_complete()
+
+    def _wait_for_room(self) -> None:
+        """The kernel takes no more for now."""
+        self.channel.want_write()
+        if self.stall_watch is not None:
+            self.stall_watch.start(self.channel.poller)
+
+    # -- the end
+
+    def end(self) -> None:
+        """Send EOF after everything that is queued. No more sends. Idempotent."""
+        if self.open:
+            self._stop_accepting()
+            self._eof_wanted = True
+            if not self.buffer.size:
+                self._send_eof()
+
+    def end_now(self) -> None:
+        """Send EOF at once, unless that was done: nothing is queued and the close lingers."""
+        if not self.eof_sent and not self._failed:
+            self._send_eof()
+
+    def _send_eof(self) -> None:
+        self._eof_wanted = False
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._owner.on_send_failed(error)
+            return
+        self.eof_sent = True
+        self._owner.on_eof_sent()
+
+    def _stop_accepting(self) -> None:
+        if self.open:
+            self._owner.start_ending()
+            self._queue_held()
+            self.open = self._accepting = False
+
+    def start_closing(self) -> None:
+        """`aclose` has begun: no more sends, and waiters hear of it. What is queued still goes."""
+        self._stop_accepting()
+        self._closing = True
+        self.wake()
+
+    def fail(self) -> None:
+        """Nothing can be sent any more: drop what is queued and wake everybody. Idempotent."""
+        self.open = self._accepting = False
+        self._failed = True
+        self._eof_wanted = False
+        self.corked = False
+        self.held = None
+        self.buffer.clear()
+        if self.stall_watch is not None:
+            self.stall_watch.stop()
+        self.wake()
+
+    def close(self) -> None:
+        """The connection is closed: `fail`, and let the owner go."""
+        self.fail()
+        self._owner = GONE
+        self.stall_watch = None
