@@ -33,12 +33,13 @@ def polled() -> Iterator[Poller]:
 
 
 class Stalls:
-    """When stalls were reported."""
+    """When stalls were reported, and that none came late."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
 
-    def __call__(self) -> None:
+    def __call__(self, was_away: bool) -> None:
+        assert not was_away
         self.at.append(trio.current_time())
 
 
@@ -133,3 +134,28 @@ def test_exactly_the_first_gap(waits: list[float]) -> None:
             break
         now += wait
     assert stalls.at == [pytest.approx(now + PATIENCE)]
+
+
+@pytest.mark.parametrize(("late", "was_away"), [(0.0, False), (0.2, False), (PATIENCE, True)])
+async def test_a_loop_that_was_away(late: float, was_away: bool, mock_clock: MockClock) -> None:
+    """Whoever is told is told, too, whether that comes late."""
+    told: list[bool] = []
+    with polled() as poller:
+        StallWatch(PATIENCE, told.append).start(poller)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(PATIENCE + late)
+        await trio.testing.wait_all_tasks_blocked()
+    assert told == [was_away]
+
+
+async def test_less_patience_is_not_late(mock_clock: MockClock) -> None:
+    """Patience that a change has ended was not ended by a loop that was away."""
+    told: list[bool] = []
+    with polled() as poller:
+        watch = StallWatch(100 * PATIENCE, told.append)
+        watch.start(poller)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(50 * PATIENCE)
+        watch.change(PATIENCE, poller)
+        await trio.testing.wait_all_tasks_blocked()
+    assert told == [False]

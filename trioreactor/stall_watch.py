@@ -7,30 +7,42 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trioreactor.timing_wheel import was_away
+
 if TYPE_CHECKING:
     from trioreactor.poller import Poller
     from trioreactor.timer_queue import Timer
 
 
 class StallWatch:
-    """Calls *stalled* when nothing has moved for *patience* seconds since the watch began.
+    """Calls *stalled* when nothing has moved for *patience* seconds since the watch began, with
+    True if it comes late, for the loop was away (a stopped process, a machine that slept).
 
     One timer runs from the start to the end of a watch. Progress only stores the time; the timer,
     when it fires early, is set anew to what is left.
     """
 
-    __slots__ = ("_moved", "_patience", "_stalled", "_timer")
+    __slots__ = ("_due", "_moved", "_patience", "_stalled", "_timer")
 
-    def __init__(self, patience: float, stalled: Callable[[], None]) -> None:
+    def __init__(self, patience: float, stalled: Callable[[bool], None]) -> None:
         self._patience = patience
         self._stalled = stalled
         self._moved = 0.0
+        # When the timer is to look; later than it might be, where a change made it so.
+        self._due = 0.0
         self._timer: Timer | None = None
 
     def start(self, poller: Poller) -> None:
         """Begin, unless it has begun."""
         if self._timer is None:
             self._moved = trio.current_time()
+            self._set_timer(poller)
+
+    def change(self, patience: float, poller: Poller) -> None:
+        """Be as patient as this from now on. What has passed already counts."""
+        self._patience = patience
+        if self._timer is not None:
+            self._timer.cancel()
             self._set_timer(poller)
 
     def progress(self) -> None:
@@ -44,11 +56,13 @@ class StallWatch:
             self._timer = None
 
     def _set_timer(self, poller: Poller) -> None:
-        self._timer = poller.call_at(self._moved + self._patience, lambda: self._check(poller))
+        self._due = max(self._moved + self._patience, trio.current_time())
+        self._timer = poller.call_at(self._due, lambda: self._check(poller))
 
     def _check(self, poller: Poller) -> None:
         self._timer = None
-        if trio.current_time() >= self._moved + self._patience:
-            self._stalled()
+        now = trio.current_time()
+        if now >= self._moved + self._patience:
+            self._stalled(was_away(now - self._due, self._patience))
         else:
             self._set_timer(poller)
