@@ -15,6 +15,7 @@ from trioreactor import (
     Callbacks,
     CloseReason,
     ConnectionState,
+    LineCodec,
     ProtocolError,
     TcpConnection,
     TcpServer,
@@ -394,6 +395,20 @@ async def test_cancelling_it_outside_a_server() -> None:
             await Callbacks(message=echo, connection=log)(left)
         assert scope.cancelled_caught
         assert log.downs() == [CloseReason.CANCELLED]
+
+
+def test_what_is_no_function() -> None:
+    """It is refused where it is written; of a codec the text says how to make a callback of it."""
+    with pytest.raises(TypeError, match=r"Callbacks\(message=.*\): pass a function") as caught:
+        Callbacks(message=LineCodec())  # type: ignore[arg-type]
+    assert "codec.on_message(" in str(caught.value)
+    fields = ("connection", "write_complete", "high_water_mark", "low_water_mark", "draining")
+    for name in ("message", *fields):
+        with pytest.raises(TypeError, match=rf"Callbacks\({name}=5\): pass a function$"):
+            Callbacks(**{"message": echo} | {name: 5})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Callbacks\(message=None\): pass a function"):
+        Callbacks(message=None)  # type: ignore[arg-type]
+    Callbacks(message=LineCodec().on_message(print), **dict.fromkeys(fields))
 
 
 def test_it_is_a_value() -> None:

@@ -6,12 +6,15 @@ from trioreactor.backoff import Backoff
 from trioreactor.buffer import Buffer
 from trioreactor.callbacks import Callbacks
 from trioreactor.client_statistics import ClientStatistics
+from trioreactor.codec import NEED_MORE, Codec, NeedMore
 from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.connector import Connector, ConnectorStatistics, open_tcp_connection
 from trioreactor.endpoints import ConnectAttempt, Endpoint
 from trioreactor.errors import (
     ConnectError,
+    FrameTooLarge,
     IllegalStateTransition,
+    IncompleteFrame,
     NotConnected,
     ProtocolError,
     ReceiveBufferFull,
@@ -19,6 +22,15 @@ from trioreactor.errors import (
     TrioReactorError,
 )
 from trioreactor.event_loop import EventLoop
+from trioreactor.framed import FramedChannel, dispatch_messages
+from trioreactor.heartbeat import Heartbeat
+from trioreactor.length_codecs import (
+    FixedLengthCodec,
+    LengthHeaderCodec,
+    NetstringCodec,
+    VarintCodec,
+)
+from trioreactor.line_codecs import DelimiterCodec, JsonLinesCodec, LineCodec
 from trioreactor.listen import open_tcp_acceptors, open_unix_acceptor
 from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
 from trioreactor.server_statistics import DrainReport, ServerStatistics
@@ -28,7 +40,7 @@ from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     # servers
@@ -54,6 +66,20 @@ __all__ = [
     "CloseReason",
     "Buffer",
     "TcpInfo",
+    # messages
+    "Codec",
+    "NeedMore",
+    "NEED_MORE",
+    "LengthHeaderCodec",
+    "VarintCodec",
+    "NetstringCodec",
+    "FixedLengthCodec",
+    "LineCodec",
+    "DelimiterCodec",
+    "JsonLinesCodec",
+    "FramedChannel",
+    "dispatch_messages",
+    "Heartbeat",
     # listening
     "Acceptor",
     "AcceptorStatistics",
@@ -76,6 +102,8 @@ __all__ = [
     "NotConnected",
     "SendBufferFull",
     "ProtocolError",
+    "FrameTooLarge",
+    "IncompleteFrame",
     "ReceiveBufferFull",
     "IllegalStateTransition",
 ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from trioreactor.codec import Codec
 from trioreactor.connection_callbacks import (
     MessageCallback,
     WaterMarkCallback,
     WriteCompleteCallback,
 )
-from trioreactor.handler_errors import is_consequence, reason_for
+from trioreactor.handler_errors import reason_for
 from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import TcpConnection
 
@@ -33,12 +34,27 @@ class Callbacks:
     """``high_water_mark(conn, size)``: the send buffer rose above the high mark."""
     low_water_mark: WaterMarkCallback | None = None
     """``low_water_mark(conn, size)``: it has sunk to the low one."""
+    draining: Callable[[TcpConnection], object] | None = None
+    """``draining(conn)``: the server drains, or the client disconnects: finish, and
+    `TcpConnection.shutdown`."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value: object = getattr(self, field.name)
+            if callable(value) or (value is None and field.name != "message"):
+                continue
+            hint = ""
+            if isinstance(value, Codec):
+                hint = ", such as codec.on_message(function) makes it"
+            raise TypeError(f"Callbacks({field.name}={value!r}): pass a function{hint}")
 
     async def __call__(self, conn: TcpConnection) -> None:
         """Serve *conn* until its peer's EOF or its close, then close it."""
         conn.write_complete_callback = self.write_complete
         conn.high_water_mark_callback = self.high_water_mark
         conn.low_water_mark_callback = self.low_water_mark
+        if self.draining is not None:
+            conn.add_draining_callback(self.draining)
         try:
             if self.connection is not None:
                 self.connection(conn)
@@ -46,7 +62,7 @@ class Callbacks:
             await conn.aclose()
         except Exception as error:
             reason = reason_for(conn, error)
-            if not is_consequence(conn, error):
+            if reason is CloseReason.HANDLER_ERROR:
                 conn.handler_error = error
             conn.force_close(reason)
             raise

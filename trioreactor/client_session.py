@@ -8,8 +8,8 @@ from types import TracebackType
 
 import trio
 
-from trioreactor.handler_errors import close_and_log, is_peers_doing
-from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.handler_errors import end_after, is_peers_doing
+from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import TcpConnection
 
 logger = logging.getLogger("trioreactor.client")
@@ -54,7 +54,9 @@ class ClientSession:
             return False  # noqa: ASYNC910 a cancellation, or worse
         finally:
             self._forget(self._conn)
-            # What is left would be a circle: this frame, and the error whose traceback has it.
+            # What is left would be a circle: this frame, or the connection, and the error whose
+            # traceback has it.
+            self._conn.handler_error = None
             del kind, error, traceback
 
     async def _ends_by(self, error: Exception) -> bool:
@@ -63,10 +65,7 @@ class ClientSession:
         if not is_peers_doing(conn, error):
             conn.force_close(CloseReason.HANDLER_ERROR)
             return False  # noqa: ASYNC910 the block has ended by an error
-        if conn.state is ConnectionState.DISCONNECTING and not conn.broken:
-            # We are ending it, and the block used it once more: what is queued still goes.
-            await conn.aclose()
-        close_and_log(conn, error, logger)
+        await end_after(conn, error, logger)
         return True  # noqa: ASYNC910 as above
 
 

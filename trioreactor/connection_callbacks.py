@@ -80,6 +80,10 @@ class ConnectionCallbacks:
             self._complete_pending = True
             self._poller.call_soon(self._call_write_complete)
 
+    def call_soon(self, fn: Callable[[TcpConnection], object]) -> None:
+        """Call *fn*, as the others are."""
+        self._poller.call_soon(lambda: self._call(fn, self._conn))
+
     def _call_write_complete(self) -> None:
         self._complete_pending = False
         if self.write_complete is not None:

@@ -32,13 +32,15 @@ class ConnectionTotals:
     """Times a send buffer rose above its high-water mark."""
     resumes: int
     """Times one sank to its low mark after that."""
+    dropped: int
+    """Messages that were offered and dropped for want of room."""
 
     def as_fields(self) -> dict[str, Any]:
         """The fields by name, for a kind of totals that has more."""
         return {field.name: getattr(self, field.name) for field in fields(ConnectionTotals)}
 
 
-_SUMMED = ("bytes_received", "bytes_sent", "buffered", "pauses", "resumes")
+_SUMMED = ("bytes_received", "bytes_sent", "buffered", "pauses", "resumes", "dropped")
 
 
 class ConnectionCounters:

@@ -19,3 +19,5 @@ class ConnectionStatistics:
     """Times the send buffer rose above the high-water mark."""
     resumes: int
     """Times it sank to the low one after that."""
+    dropped: int
+    """Messages that were offered and dropped for want of room: see `TcpConnection.offer`."""

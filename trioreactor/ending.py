@@ -10,7 +10,7 @@ from trioreactor.state import CloseReason
 class Ending:
     """How a connection ended, or began to, and so what its users are told."""
 
-    __slots__ = ("broken", "closed_here", "name", "reason")
+    __slots__ = ("broken", "closed_here", "fault", "name", "reason")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -18,6 +18,8 @@ class Ending:
         # What the peer or the network did; `closed_here` then says whether we closed since.
         self.broken: Exception | None = None
         self.closed_here = False
+        # What a close by us will have for its reason, where an error led to it.
+        self.fault: CloseReason | None = None
 
     def error(self) -> Exception:
         """What to raise to somebody who uses a connection that no longer serves them."""

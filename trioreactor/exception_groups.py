@@ -33,6 +33,12 @@ def members(error: BaseException) -> tuple[BaseException, ...] | None:
     return None
 
 
+def leaves(error: BaseException) -> list[BaseException]:
+    """*error*, or what is in it and in its groups."""
+    inner = members(error)
+    return [error] if inner is None else [leaf for one in inner for leaf in leaves(one)]
+
+
 def without_frames(error: E) -> E:
     """*error*, cut off from where and while doing what it was raised.
 
@@ -43,6 +49,14 @@ def without_frames(error: E) -> E:
         if inner is not None:
             without_frames(inner)
     return error
+
+
+def twin(error: E) -> E:
+    """Another *error* like it, that has not been raised."""
+    # The constructor may take other arguments than those it gave on.
+    other = type(error).__new__(type(error), *error.args)
+    other.__dict__.update(error.__dict__)
+    return other
 
 
 def lone(group: BaseExceptionGroup[BaseException]) -> BaseException:

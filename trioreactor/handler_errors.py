@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from trioreactor.errors import ProtocolError
+from trioreactor.exception_groups import leaves
 from trioreactor.state import CloseReason, ConnectionState
 
 if TYPE_CHECKING:
@@ -19,12 +20,25 @@ logger = logging.getLogger("trioreactor.server")
 def reason_for(conn: TcpConnection, error: BaseException) -> CloseReason:
     """Why *conn* is to be closed after its handler raised *error*."""
     if is_consequence(conn, error):
-        if conn.close_reason is None:
-            return CloseReason.PEER_RESET if conn.broken else CloseReason.LOCAL_CLOSE
-        return conn.close_reason
+        if conn.close_reason is not None:
+            return conn.close_reason
+        if conn.broken:
+            return CloseReason.PEER_RESET
+        return CloseReason.PEER_EOF if conn.at_eof else CloseReason.LOCAL_CLOSE
     if not _others(error, ProtocolError):
         return CloseReason.PROTOCOL_ERROR
     return CloseReason.HANDLER_ERROR
+
+
+async def end_after(  # noqa: ASYNC910 the handler has ended by an error
+    conn: TcpConnection, error: Exception, logger: logging.Logger = logger
+) -> None:
+    """As `close_and_log`; but where *error* only says that there is no more to do, what is queued
+    still goes, as after a handler that returned.
+    """
+    if not conn.broken and is_consequence(conn, error):
+        await conn.aclose()
+    close_and_log(conn, error, logger)
 
 
 def close_and_log(
@@ -35,9 +49,11 @@ def close_and_log(
     if is_consequence(conn, error):
         logger.debug("%s: ended (%s): %r", conn.name, reason.value, error)
     elif reason is CloseReason.PROTOCOL_ERROR:
-        logger.warning("%s: %s", conn.name, error)
+        logger.warning("%s: %s", conn.name, "; ".join(map(str, leaves(error))))
     else:
         logger.error("%s: the handler raised", conn.name, exc_info=error)
+    # Told. It would be a circle: its traceback has the frames that have the connection.
+    conn.handler_error = None
     conn.force_close(reason)
 
 
@@ -59,7 +75,11 @@ def is_consequence(conn: TcpConnection, error: BaseException) -> bool:
     # `draining` and no longer CONNECTED: it was not the handler who half-closed.
     half_closed = conn.state is ConnectionState.DISCONNECTING and conn.draining.is_set()
     ended = conn.close_reason is not None or conn.closing or half_closed
-    return ended and not _others(error, trio.ClosedResourceError)
+    if ended and not _others(error, trio.ClosedResourceError):
+        return True
+    # A channel on it has no more messages to give.
+    nothing_more = ended or conn.at_eof or conn.draining.is_set()
+    return nothing_more and not _others(error, trio.EndOfChannel)
 
 
 def _others(error: BaseException, kind: type[Exception]) -> bool:

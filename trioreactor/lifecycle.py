@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from trioreactor.buffer import Buffer
 from trioreactor.channel import Channel
+from trioreactor.deadlines import Deadlines
 from trioreactor.ending import Ending
 from trioreactor.linger import LingerWatch
-from trioreactor.read_half import ReadHalf
+from trioreactor.read_half import RECEIVE_SIZE, ReadHalf
 from trioreactor.sockets import broken, reset_on_close
+from trioreactor.stall_watch import StallWatch
 from trioreactor.state import TRANSITIONS, CloseReason, ConnectionState, check_transition
 from trioreactor.write_half import WriteHalf
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trioreactor.connection_callbacks import ConnectionCallbacks
     from trioreactor.options import Timeouts, Watermarks
     from trioreactor.poller import Poller
     from trioreactor.sockets import ConnectedSocket
+    from trioreactor.tcp_connection import TcpConnection
     from trioreactor.timer_queue import Timer
 
 logger = logging.getLogger("trioreactor.connection")
+
+
+class Watch(Protocol):
+    """Something that has deadlines for a connection."""
+
+    def stop(self) -> None:
+        """Drop them. Idempotent."""
+        ...
 
 
 class Lifecycle:
@@ -41,15 +55,20 @@ class Lifecycle:
         "_force_timer",
         "_is_twin",
         "_linger",
-        "_linger_seconds",
         "_sock",
         "callbacks",
+        "deadlines",
+        "draining",
+        "draining_callbacks",
         "ending",
         "handler_scope",
+        "left_over",
         "poller",
         "read",
         "state",
         "stream",
+        "timeouts",
+        "watches",
         "write",
     )
 
@@ -79,8 +98,7 @@ class Lifecycle:
         self._eof: trio.Event | None = None
         self._linger: LingerWatch | None = None
         self._force_timer: Timer | None = None
-        self._linger_seconds = timeouts.linger
-        self.write = WriteHalf(self, self.ending, sock, watermarks, timeouts.write_stall)
+        self.write = WriteHalf(self, self.ending, sock, watermarks)
         self.read = ReadHalf(self, self.ending, sock, self.write, watermarks.receive_limit)
         self.write.channel = self.read.channel = Channel(
             poller,
@@ -88,6 +106,52 @@ class Lifecycle:
             on_readable=self.read.on_readable,
             on_writable=self.write.on_writable,
         )
+        self.deadlines: Deadlines | None = None
+        # Bytes of an incomplete message, as the last decoding found it.
+        self.left_over = 0
+        # Sends what somebody has gathered, before the way out is closed.
+        # Set when it drains; made when somebody asks.
+        self.draining: trio.Event | None = None
+        # To be called when it drains; let go at the close.
+        self.draining_callbacks: tuple[Callable[[TcpConnection], object], ...] = ()
+        # What is stopped at the close, the deadlines among it.
+        self.watches: tuple[Watch, ...] = ()
+        self.timeouts = timeouts
+        self.set_timeouts(timeouts)
+
+    def set_timeouts(self, timeouts: Timeouts) -> None:
+        """These hold from now on."""
+        self.timeouts = timeouts
+        if self.state is ConnectionState.DISCONNECTED:
+            return
+        watch = self.write.stall_watch
+        if timeouts.write_stall is None:
+            if watch is not None:
+                watch.stop()
+                self.write.stall_watch = None
+        elif watch is not None:
+            watch.change(timeouts.write_stall, self.poller)
+        else:
+            watch = StallWatch(timeouts.write_stall, self.on_write_stalled)
+            self.write.stall_watch = watch
+            if self.write.buffer.size:
+                watch.start(self.poller)
+        if self.deadlines is not None:
+            self.deadlines.change(timeouts)
+        elif (timeouts.idle, timeouts.first_byte, timeouts.frame) != (None, None, None):
+            self.deadlines = Deadlines(
+                self.read,
+                self.write,
+                self.poller,
+                timeouts,
+                self.expire,
+                left_over=self.left_over,
+            )
+            self.watches = (*self.watches, self.deadlines)
+
+    def expire(self, reason: CloseReason) -> None:
+        """A deadline has passed."""
+        self.force_close(reason, reset=False)
 
     # -- state
 
@@ -121,6 +185,11 @@ class Lifecycle:
         if self._force_timer is not None:
             self._force_timer.cancel()
         self.callbacks = None
+        self.deadlines = None
+        self.draining_callbacks = ()
+        watches, self.watches = self.watches, ()
+        for watch in watches:
+            watch.stop()
         self.write.channel.close()
         self.write.close()
         self.read.close(self.ending.error() if self.ending.broken else None)
@@ -183,9 +252,9 @@ class Lifecycle:
             self._start_linger()
 
     def _start_linger(self) -> None:
-        if self._linger_seconds is not None and self.state is not ConnectionState.DISCONNECTED:
+        if self.timeouts.linger is not None and self.state is not ConnectionState.DISCONNECTED:
             if self._linger is None:
-                self._linger = LingerWatch(self.write, self._linger_seconds, self._linger_expired)
+                self._linger = LingerWatch(self.write, self.timeouts.linger, self._linger_expired)
             self._linger.start()
 
     def _linger_expired(self, reason: CloseReason | None) -> None:
@@ -195,6 +264,8 @@ class Lifecycle:
         """The reason of a close by us, if nothing else comes between."""
         if self.ending.broken is not None:
             return CloseReason.PEER_RESET
+        if self.ending.fault is not None:
+            return self.ending.fault
         return CloseReason.PEER_EOF if self.read.eof else CloseReason.LOCAL_CLOSE
 
     @trio.lowlevel.enable_ki_protection
@@ -229,11 +300,29 @@ class Lifecycle:
         # Closing with unread input sends RST, which can overtake our last bytes.
         self.write.end_now()
         self._start_linger()
-        while self.read.discard():
+        while self._discard():
             await self.read.wait_readable()
+
+    def _discard(self) -> bool:
+        """Read and drop what is there. False once nothing can come.
+
+        The peer's bytes must leave our kernel before the socket closes, or closing sends a reset
+        that can destroy our own last bytes on their way.
+        """
+        self.read.buffer = Buffer()
+        while not self.read.eof:
+            try:
+                data = self.read.receive_nowait(RECEIVE_SIZE)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return False
+            if data is None or len(data) == RECEIVE_SIZE:
+                # More than one read is for later: a peer that floods must not keep us here.
+                return True
+        return False
 
     def detach(self) -> bytes:
         """Leave the loop without closing the descriptor; return what was read and not consumed."""
+        self.write.uncork()
         if self.write.buffer.size:
             raise trio.BusyResourceError("data is still queued: await wait_drained() first")
         if self.read.busy or self.read.dispatching:
@@ -285,9 +374,15 @@ class Lifecycle:
             self.ending.broken = trio.BrokenResourceError("a send_all was cancelled half-way")
             self.close(CloseReason.CANCELLED)
 
-    def on_write_stalled(self) -> None:
+    def on_write_stalled(self, was_away: bool) -> None:
         """The kernel has taken nothing for `Timeouts.write_stall` seconds."""
-        self.force_close(CloseReason.WRITE_STALLED, reset=False)
+        sent = self.write.bytes_sent
+        if was_away:
+            # It may have had room for long. Else it has none that the peer has made: it says so
+            # when a third is free, and would take more before, from whomever.
+            self.write.on_writable()
+        if self.write.bytes_sent == sent and self.ending.broken is None:
+            self.force_close(CloseReason.WRITE_STALLED, reset=False)
 
     def on_eof_sent(self) -> None:
         """Our EOF is on its way; a linger that runs begins anew."""

@@ -31,15 +31,18 @@ def check_count(
         raise ValueError(f"{owner}({name}={value!r}): pass at most {most} {unit}")
 
 
-def check_seconds(owner: str, name: str, value: object, *, zero: bool = False) -> None:
-    """Raise unless *value* is None or a finite, positive number (or zero, where that is one)."""
-    if value is None:
+def check_seconds(
+    owner: str, name: str, value: object, *, zero: bool = False, off: bool = True
+) -> None:
+    """Raise unless *value* is a finite, positive number, or zero or None where those are one."""
+    if value is None and off:
         return
+    none = ", or None for off" if off else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}({name}={value!r}): pass a number of seconds, or None for off")
+        raise TypeError(f"{owner}({name}={value!r}): pass a number of seconds{none}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         bound = "at least 0" if zero else "more than 0"
-        raise ValueError(f"{owner}({name}={value!r}): pass {bound} seconds, or None for off")
+        raise ValueError(f"{owner}({name}={value!r}): pass {bound} seconds{none}")
 
 
 def check_kinds(owner: str, **values: object) -> None:
@@ -50,7 +53,7 @@ def check_kinds(owner: str, **values: object) -> None:
             raise TypeError(f"{owner}({name}={value!r}): pass {kind.__name__}(...)")
 
 
-def _check_present(owner: str, **values: object) -> None:
+def check_present(owner: str, **values: object) -> None:
     """Raise for a None where there is nothing to turn off."""
     for name, value in values.items():
         if value is None:
@@ -73,7 +76,7 @@ class Watermarks:
     default size)"""
 
     def __post_init__(self) -> None:
-        _check_present("Watermarks", high=self.high, low=self.low)
+        check_present("Watermarks", high=self.high, low=self.low)
         check_count("Watermarks", "high", self.high, least=1, unit="bytes")
         check_count("Watermarks", "low", self.low, least=0, unit="bytes")
         check_count("Watermarks", "limit", self.limit, least=1024, unit="bytes")
@@ -92,8 +95,20 @@ class Watermarks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeouts:
-    """Deadlines of the waits that the library makes on its own, in seconds."""
+    """Deadlines, in seconds: `idle`, `first_byte`, `frame` and `write_stall` for what a peer may
+    take its time for, each with a `CloseReason` of its own, and `linger` for closing.
+    """
 
+    idle: float | None = None
+    """Close with `CloseReason.IDLE_TIMEOUT` when nothing was received and nothing sent for this
+    long. (off: a quiet connection may be a good one)"""
+    first_byte: float | None = None
+    """Close with `CloseReason.FIRST_BYTE_TIMEOUT` if the peer has sent nothing this long after the
+    connection began. (off: in some protocols the server speaks first)"""
+    frame: float | None = None
+    """Close with `CloseReason.FRAME_TIMEOUT` when a message is not complete this long after its
+    first bytes came, however steadily they drip. Counted where messages are known: with a
+    `FramedChannel` and `Codec.on_message`. (off: only the user knows how long messages take)"""
     write_stall: float | None = None
     """Close with `CloseReason.WRITE_STALLED` when data is queued and the kernel has taken none of
     it for this long. (off: only the user knows how patient to be)"""
@@ -103,7 +118,8 @@ class Timeouts:
     (2 s: many round trips, few enough to hold a descriptor)"""
 
     def __post_init__(self) -> None:
-        check_seconds("Timeouts", "write_stall", self.write_stall)
+        for name in ("idle", "first_byte", "frame", "write_stall"):
+            check_seconds("Timeouts", name, getattr(self, name))
         check_seconds("Timeouts", "linger", self.linger, zero=True)
 
 
@@ -120,7 +136,7 @@ class Keepalive:
     """Unanswered probes that end the connection."""
 
     def __post_init__(self) -> None:
-        _check_present("Keepalive", idle=self.idle, interval=self.interval, count=self.count)
+        check_present("Keepalive", idle=self.idle, interval=self.interval, count=self.count)
         most = _KEEPALIVE_SECONDS_MAX
         check_count("Keepalive", "idle", self.idle, least=1, most=most, unit="seconds")
         check_count("Keepalive", "interval", self.interval, least=1, most=most, unit="seconds")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from trioreactor.timer_queue import Timer, TimerQueue
+from trioreactor.timing_wheel import TimingWheel
 
 if TYPE_CHECKING:
     from trioreactor.channel import Channel
@@ -45,6 +46,8 @@ class Poller(ABC):
         self._again: list[Channel] = []
         self._soon: deque[Callable[[], object]] = deque()
         self._timers = TimerQueue()
+        # Many deadlines that come seldom.
+        self.wheel = TimingWheel(self.call_at)
         # None until the task has started, and again after it was told to stop.
         self._ended: trio.Event | None = None
         self._stopping = False
@@ -148,6 +151,8 @@ class Poller(ABC):
     def _stop(self) -> None:
         if not self._stopping:
             self._stopping = True
+            # It refers to a method of ours: a circle.
+            del self.wheel
             # Nobody is to be woken by descriptors that are closed.
             self._asleep = False
             # Outside its run (a garbage-collected connection) nobody can ask for it any more.

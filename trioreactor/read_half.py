@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
-from trioreactor.buffer import Buffer
 from trioreactor.connection_callbacks import OnMessage, call_on_message
 from trioreactor.errors import ReceiveBufferFull
 from trioreactor.half_owner import GONE
-from trioreactor.sockets import broken, peek, pending_error
+from trioreactor.sockets import broken
+from trioreactor.unread_input import UnreadInput
 
 if TYPE_CHECKING:
-    from trioreactor.channel import Channel
     from trioreactor.ending import Ending
     from trioreactor.half_owner import HalfOwner
     from trioreactor.sockets import ConnectedSocket
@@ -35,7 +34,7 @@ _NO_CONTEXT = contextvars.Context()
 Args = TypeVarTuple("Args")
 
 
-class ReadHalf:
+class ReadHalf(UnreadInput):
     """Reads for one task at a time, or for one callback."""
 
     __slots__ = (
@@ -45,23 +44,13 @@ class ReadHalf:
         "_ending",
         "_error",
         "_limit",
-        "_on_message",
         "_owed",
-        "_owner",
+        "_receive_limit",
         "_receive_size",
-        "_sock",
-        "_task",
-        "_watching",
         "_write",
-        "buffer",
         "bytes_received",
-        "channel",
-        "eof",
-        "reading",
-        "reset_error",
+        "moved",
     )
-
-    channel: Channel
 
     def __init__(
         self,
@@ -71,46 +60,24 @@ class ReadHalf:
         write: WriteHalf,
         receive_limit: int | None,
     ) -> None:
-        # Replaced by `GONE` at the close.
-        self._owner: HalfOwner = owner
+        super().__init__(owner, sock)
         self._ending = ending
-        self._sock = sock
         # Corked around callbacks, so that what they send leaves together.
         self._write = write
-        # How much a dispatch callback may leave unconsumed.
-        self._limit = receive_limit
+        # How much a dispatch callback may leave unconsumed: a plain one, and the one that runs.
+        self._receive_limit = self._limit = receive_limit
         self._receive_size = (
             RECEIVE_SIZE if receive_limit is None else min(RECEIVE_SIZE, receive_limit)
         )
-        # What was read and not consumed: only a dispatch callback leaves anything here.
-        self.buffer = Buffer()
         self.bytes_received = 0
-        self.reading = True
-        # The peer's EOF has been read.
-        self.eof = False
-        # A send met a reset and took the kernel's note of it: the EOF to be read next is none.
-        self.reset_error: OSError | None = None
-        # The task in receive_some or dispatch.
-        self._task: trio.lowlevel.Task | None = None
-        # Set while dispatching, with the connection and the context to call it with.
+        self.moved: float | None = None  # when input was last read, if somebody wants to know
+        # The connection and the context to call a dispatch's callback with.
         self._conn: object = None
-        self._on_message: OnMessage | None = None
         self._context = _NO_CONTEXT
         # The callback is to be called for what an earlier call left, whatever comes.
         self._owed = False
         self._error: BaseException | None = None  # what dispatch has to raise
         self._closed = False
-        self._watching = False  # somebody wants to hear of the EOF without reading
-
-    @property
-    def busy(self) -> bool:
-        """Whether somebody reads, and so will find an error or an EOF by themselves."""
-        return self._task is not None and self.reading
-
-    @property
-    def dispatching(self) -> bool:
-        """Whether a dispatch runs, paused or not."""
-        return self._on_message is not None
 
     # -- coroutine mode
 
@@ -129,7 +96,7 @@ class ReadHalf:
             if (self.channel.readable and self.reading) or self.buffer.size or self.eof:
                 if not waited:
                     await trio.lowlevel.checkpoint_if_cancelled()
-                data = self._receive(max_bytes)
+                data = self.receive_nowait(max_bytes)
                 if data is not None:
                     if not waited:
                         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -147,7 +114,7 @@ class ReadHalf:
         if self._task is not None:
             raise trio.BusyResourceError("another task is already receiving on this connection")
 
-    def _receive(self, max_bytes: int) -> bytes | None:
+    def receive_nowait(self, max_bytes: int) -> bytes | None:
         """What is there, b"" at EOF, or None if there is nothing yet."""
         if self.buffer.size:
             if self._watching:
@@ -177,6 +144,8 @@ class ReadHalf:
                 # The end was announced behind what has just been read.
                 channel.read_again()
         self.bytes_received += n
+        if self.moved is not None:
+            self.moved = trio.current_time()
         return data
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
@@ -196,6 +165,8 @@ class ReadHalf:
             return
         task = self._task = trio.lowlevel.current_task()
         self._on_message = on_message
+        if self._receive_limit is not None:
+            self._limit = max(self._receive_limit, getattr(on_message, "room", 0))
         self._conn = conn
         self._context = task.context
         self._begin_reading()
@@ -203,6 +174,9 @@ class ReadHalf:
             await trio.lowlevel.wait_task_rescheduled(self._abort)
             if self._error is not None:
                 raise self._error
+            at_eof = getattr(on_message, "at_eof", None)
+            if at_eof is not None and self.eof:
+                at_eof(self.buffer)
         finally:
             # Nothing of this may hold on to anything: each would be a cycle.
             self._error = None
@@ -243,6 +217,8 @@ class ReadHalf:
             self._finish(None)
             return
         self.bytes_received += n
+        if self.moved is not None:
+            self.moved = trio.current_time()
         buffer.append(data)
         if n == size or channel.hangup:
             # More may be there; the others have their turn first.
@@ -277,7 +253,7 @@ class ReadHalf:
         else:
             channel.want_read()
         self._deliver(on_message)
-        if self.eof:
+        if self.eof and self.reading and not self._owed:
             self._finish(None)
 
     def run_in_context(self, fn: Callable[[*Args], object], *args: *Args) -> None:
@@ -301,6 +277,11 @@ class ReadHalf:
             self._error = error
             self._wake()
 
+    def deliver_again(self) -> None:
+        """Call the callback in the next round, for what it has left."""
+        self._owed = True
+        self.channel.read_again()
+
     # -- both
 
     def stop_reading(self) -> None:
@@ -323,26 +304,9 @@ class ReadHalf:
         else:
             channel.want_read()
 
-    def discard(self) -> bool:
-        """Read and drop what is there, for a close that lingers. False once nothing can come.
-
-        The peer's bytes must leave our kernel before the socket closes, or closing sends a reset
-        that can destroy our own last bytes on their way.
-        """
-        self.buffer = Buffer()
-        while not self.eof:
-            try:
-                data = self._receive(RECEIVE_SIZE)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return False
-            if data is None or len(data) == RECEIVE_SIZE:
-                # More than one read is for later: a peer that floods must not keep us here.
-                return True
-        return False
-
     @trio.lowlevel.enable_ki_protection
     async def wait_readable(self) -> None:
-        """Wait for something to `discard`."""
+        """Wait for something for `receive_nowait`."""
         if self.channel.readable or self.channel.closed:
             await trio.lowlevel.checkpoint()
             return
@@ -351,7 +315,7 @@ class ReadHalf:
         await trio.lowlevel.wait_task_rescheduled(self._abort)
 
     def start_closing(self) -> None:
-        """`aclose` has begun: whoever reads hears of it. Reading goes on only in `discard`."""
+        """`aclose` has begun: whoever reads hears of it. Reading goes on only to discard."""
         self._closed = True
         self.reading = True
         self._on_message = None
@@ -371,48 +335,3 @@ class ReadHalf:
             task, self._task = self._task, None
             self.channel.poller.woke = True
             trio.lowlevel.reschedule(task)
-
-    def _see_eof(self) -> None:
-        if self.reset_error is not None:
-            self._owner.on_receive_failed(self.reset_error)
-        else:
-            self.eof = True
-            self._owner.on_eof()
-
-    def has_unread(self) -> bool:
-        """Whether there is input nobody has read. False at EOF and on a broken socket."""
-        try:
-            return bool(self.buffer.size or peek(self._sock))
-        except OSError:
-            return False
-
-    def watch_for_end(self) -> None:
-        """From now on tell the owner of the EOF as soon as it is next to be read."""
-        self._watching = True
-        if not self.busy:
-            self._look_for_end()
-
-    def _look_for_end(self) -> None:
-        """Nobody reads, and the poller saw something that may be the end.
-
-        What came before a reset can still be read, but a paused dispatch must hear of it.
-        """
-        try:
-            unread = peek(self._sock)
-        except OSError as error:
-            self._owner.on_receive_failed(error)
-            return
-        channel = self.channel
-        if unread is None:
-            # Or the event was meant for a former owner of this descriptor.
-            channel.failed = False
-            if self._watching:
-                channel.want_read()
-        elif (
-            channel.failed
-            and (self.dispatching or not unread)
-            and (pending := pending_error(self._sock))
-        ):
-            self._owner.on_receive_failed(pending)
-        elif self._watching and not unread and not self.buffer.size:
-            self._see_eof()

@@ -297,7 +297,7 @@ class TcpClient:
             self._end()
         if conn is None:
             return
-        conn.draining.set()
+        conn.start_draining()
         conn.shutdown()
         scope, linger = conn.handler_scope, self._timeouts.linger
         if scope is not None and linger is not None:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import socket as stdlib_socket
 from collections.abc import Coroutine
+from types import TracebackType
 from typing import Any
 
 import trio
 
 from trioreactor.address import SocketAddress, format_address
 from trioreactor.connection_callbacks import (
-    CallbackAttributes,
     MessageCallback,
     WaterMarkCallback,
     WriteCompleteCallback,
 )
 from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.default_poller import current_poller
+from trioreactor.draining_attributes import DrainingAttributes
+from trioreactor.handler_errors import reason_for
 from trioreactor.lifecycle import Lifecycle
 from trioreactor.options import Timeouts, Watermarks
-from trioreactor.sockets import (
-    ConnectedSocket,
-    TcpInfo,
-    peer_of,
-    read_tcp_info,
-    stdlib_twin,
-    stream_around,
-)
+from trioreactor.overflow import Overflow, check_overflow, offer
+from trioreactor.send_buffer import Droppable
+from trioreactor.sending_attributes import SendingAttributes
+from trioreactor.socket_attributes import SocketAttributes
+from trioreactor.sockets import ConnectedSocket, peer_of, stdlib_twin
 from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.timing_attributes import TimingAttributes
 
 
-class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
+class TcpConnection(
+    DrainingAttributes,
+    SendingAttributes,
+    SocketAttributes,
+    TimingAttributes,
+    trio.abc.HalfCloseableStream,
+):
     """An established connection, over TCP or a Unix socket: a `trio.abc.HalfCloseableStream`.
 
     It owns *stream* from here on and closes it. Nobody else may read, write or close that stream
@@ -43,7 +48,6 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
 
     __slots__ = (
         "__weakref__",
-        "_draining",
         "_life",
         "_read",
         "_sock",
@@ -111,7 +115,6 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         self.peer_address = peer_address
         self.context = None
         self.handler_error = None
-        self._draining: trio.Event | None = None
         self._sock = sock
         if name is None:
             name = f"{format_address(local_address)}-{format_address(peer_address)}"
@@ -155,27 +158,6 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         return self._life.ending.broken is not None
 
     @property
-    def stream(self) -> trio.SocketStream:
-        """The stream underneath, for looking only: use `detach` to take it over."""
-        if self._life.stream is None:
-            sock = self._open_socket()
-            assert isinstance(sock, stdlib_socket.socket)
-            self._life.stream = stream_around(sock)
-        return self._life.stream
-
-    @property
-    def socket(self) -> trio.socket.SocketType:
-        """The trio socket, for handlers written for `trio.SocketStream`."""
-        return self.stream.socket
-
-    @property
-    def draining(self) -> trio.Event:
-        """Set when the server drains: finish what you are at and return."""
-        if self._draining is None:
-            self._draining = trio.Event()
-        return self._draining
-
-    @property
     def handler_scope(self) -> trio.CancelScope | None:
         """What `force_close` cancels: set by whoever runs a handler for this connection."""
         return self._life.handler_scope
@@ -204,6 +186,16 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         """
         return self._write.send(data)
 
+    def offer(self, data: bytes, overflow: Overflow = "drop_newest") -> int:
+        """`send` for what may be lost: news of which there is always newer. Never blocks.
+
+        Where `send` would close the connection, because *data* passes the hard limit, this drops
+        *data* (``"drop_newest"``) or the oldest that were offered (``"drop_oldest"``), and answers
+        how many. Else errors as `send`. What was sent, or partly written, stays.
+        """
+        check_overflow("offer", overflow)
+        return offer(self._write, data if type(data) is Droppable else Droppable(data), overflow)
+
     # This one and receive_some are plain functions that hand on a coroutine: one layer less to go
     # through at every wait. (pyright would have the very class of an async function's result)
     def send_all(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -229,11 +221,6 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         `trio.BrokenResourceError` or `trio.ClosedResourceError` if that will not happen.
         """
         await self._write.wait_drained()
-
-    @property
-    def buffered(self) -> int:
-        """Bytes queued for sending, that the kernel has not taken yet."""
-        return self._write.queued
 
     def shutdown(self) -> None:
         """Half-close once everything queued is sent; input can still be read. Idempotent.
@@ -322,7 +309,20 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
 
     def start_reading(self) -> None:
         """Take input again; a dispatch callback is called soon for what it had left. Idempotent."""
+        if self._life.deadlines is not None and not self._read.reading:
+            self._life.deadlines.resumed()
         self._read.start_reading()
+
+    @property
+    def delivering(self) -> bool:
+        """Whether a dispatch runs and reads: whether its callback may be called."""
+        return self._read.delivering
+
+    def deliver_again(self) -> None:
+        """In a dispatch callback: call it again soon for what it leaves in the buffer, though no
+        more may come, after the other connections have had their turn.
+        """
+        self._read.deliver_again()
 
     # -- the end
 
@@ -335,6 +335,19 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         `Timeouts.linger`. Cancelling closes at once; what was still queued is lost.
         """
         await self._life.aclose()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As `aclose`. An error that leaves the block is the reason of the close, as where it
+        leaves a handler: `CloseReason.PROTOCOL_ERROR` or `CloseReason.HANDLER_ERROR`.
+        """
+        if isinstance(error, Exception):
+            self._life.ending.fault = reason_for(self, error)
+        await self.aclose()
 
     def force_close(self, reason: CloseReason = CloseReason.FORCED, *, reset: bool = False) -> None:
         """Close at once, from anywhere in the loop, a callback too. Idempotent.
@@ -363,32 +376,7 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
         stream = self.stream
         return stream, self._life.detach()
 
-    # -- the socket
-
-    def set_no_delay(self, no_delay: bool) -> None:
-        """Set TCP_NODELAY; nothing on a Unix socket."""
-        # A Unix socket's address is a path.
-        if isinstance(self.local_address, tuple):
-            self.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, no_delay)
-
-    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
-        """Set a socket option, as `trio.SocketStream.setsockopt`."""
-        self._open_socket().setsockopt(level, option, value)
-
-    def getsockopt(self, level: int, option: int, buffersize: int = 0) -> int | bytes:
-        """Read a socket option, as `trio.SocketStream.getsockopt`."""
-        if not buffersize:
-            return self._open_socket().getsockopt(level, option)
-        return self._open_socket().getsockopt(level, option, buffersize)
-
-    def _open_socket(self) -> ConnectedSocket:
-        if self._life.state is ConnectionState.DISCONNECTED:
-            raise self._life.ending.error()
-        return self._sock
-
-    def tcp_info(self) -> TcpInfo | None:
-        """What the kernel knows of this connection; None off Linux and on Unix sockets."""
-        return read_tcp_info(self._sock)
+    # -- how it is
 
     def statistics(self) -> ConnectionStatistics:
         """The counters as they are now; they stay readable after the close."""
@@ -397,6 +385,7 @@ class TcpConnection(CallbackAttributes, trio.abc.HalfCloseableStream):
             bytes_received=self._read.bytes_received,
             bytes_sent=write.bytes_sent,
             buffered=write.queued,
-            pauses=write.pauses,
-            resumes=write.resumes,
+            pauses=write.buffer.pauses,
+            resumes=write.buffer.resumes,
+            dropped=write.buffer.dropped,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
@@ -17,10 +17,12 @@ from trioreactor.address import SocketAddress, format_address
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
 from trioreactor.exception_groups import lone, unwrapped
-from trioreactor.handler_errors import close_and_log
+from trioreactor.handler_errors import close_and_log, end_after
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
+from trioreactor.overflow import Overflow, check_overflow
+from trioreactor.send_buffer import Droppable
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
@@ -44,6 +46,10 @@ class TcpServer:
     Where to listen: *port* (0: the system chooses) on *host* (None: every address, IPv4 and
     IPv6), or *listeners*: acceptors, or trio's socket listeners, which the server then owns.
 
+    *overflow* says what a `broadcast` does to those who have reached their hard limit: close them,
+    or leave out the new message or the oldest ones; *on_drop* is then called with the connection
+    and how many it lost.
+
     A server serves once: make another to serve again.
     """
 
@@ -59,6 +65,8 @@ class TcpServer:
         limits: Limits = Limits(),
         timeouts: Timeouts = Timeouts(),
         socket_options: SocketOptions = SocketOptions(),
+        overflow: Overflow = "close",
+        on_drop: Callable[[TcpConnection, int], object] | None = None,
     ) -> None:
         if not callable(handler):
             raise TypeError(f"TcpServer({handler!r}): pass an async function or Callbacks")
@@ -81,6 +89,11 @@ class TcpServer:
         self._watermarks = watermarks
         self._timeouts = timeouts
         self._socket_options = socket_options
+        check_overflow("TcpServer", overflow)
+        self._overflow: Overflow = overflow
+        if on_drop is not None and not callable(on_drop):
+            raise TypeError(f"TcpServer(on_drop={on_drop!r}): pass a function")
+        self._on_drop = on_drop
         self._limiter = ConnectionLimiter(limits)
         self._acceptors: list[Acceptor] = []
         # Where connections' tasks run, while serving.
@@ -247,7 +260,7 @@ class TcpServer:
                 await self._handler(conn)
                 await conn.aclose()
         except Exception as error:
-            close_and_log(conn, error)
+            await end_after(conn, error)  # noqa: ASYNC102 bounded by linger
         except BaseExceptionGroup as group:
             errors, rest = group.split(Exception)
             if errors is not None:
@@ -274,19 +287,39 @@ class TcpServer:
     ) -> int:
         """Send *data* to every connection (or to those in *to*) without waiting for any.
 
-        Returns how many took it. Slow ones queue it, up to their hard limit; those that would
-        pass it are closed with `CloseReason.SLOW_CONSUMER`; closed and closing ones are left out.
-        Those that are behind come last, so that queueing and closing delays none of the others.
+        Returns how many took it. Slow ones queue it, up to their hard limit; for those that would
+        pass it the server's *overflow* holds. Closed and closing ones are left out. Those that are
+        behind come last, so that queueing and closing delays none of the others.
         """
-        data = bytes(data)
+        # What is never dropped may be gathered with what else waits.
+        data = bytes(memoryview(data)) if self._overflow == "close" else Droppable(data)
         behind: list[TcpConnection] = []
         sent = 0
         for conn in list(self._connections.values() if to is None else to):
             if conn.buffered:
                 behind.append(conn)
             else:
-                sent += _offer(conn, data)
-        return sent + sum(_offer(conn, data) for conn in behind)
+                sent += self._offer(conn, data)
+        return sent + sum(self._offer(conn, data) for conn in behind)
+
+    def _offer(self, conn: TcpConnection, data: bytes) -> bool:
+        """Send without waiting. False if the connection did not take it."""
+        if conn.state is not ConnectionState.CONNECTED:
+            return False
+        try:
+            if self._overflow == "close":
+                conn.send(data)
+                return True
+            refused = conn.refused
+            dropped = conn.offer(data, self._overflow)
+        except (trio.BrokenResourceError, trio.BusyResourceError):
+            return False
+        if dropped and self._on_drop is not None:
+            try:
+                self._on_drop(conn, dropped)
+            except Exception as error:
+                close_and_log(conn, error)
+        return conn.refused == refused
 
     def stop_accepting(self) -> None:
         """Leave newcomers in the backlog until `resume_accepting`. Idempotent."""
@@ -324,7 +357,7 @@ class TcpServer:
         self._stop_listening()
         waiting = list(self._connections.values())
         for conn in waiting:
-            conn.draining.set()
+            conn.start_draining()
         with trio.move_on_after(grace):
             await self._wait_empty()
         forced = list(self._connections.values())
@@ -373,14 +406,3 @@ async def serve_tcp(
         server_options["socket_options"] = replace(options, backlog=backlog)
     server = TcpServer(handler, port, host=host, **server_options)
     await server.serve(handler_nursery=handler_nursery, task_status=task_status)
-
-
-def _offer(conn: TcpConnection, data: bytes) -> bool:
-    """Send without waiting. False if the connection did not take it."""
-    if conn.state is not ConnectionState.CONNECTED:
-        return False
-    try:
-        conn.send(data)
-    except (trio.BrokenResourceError, trio.BusyResourceError):
-        return False
-    return True
