@@ -1,5 +1,6 @@
 """A hub: who has sent `sub TOPIC` is sent what others publish by `pub TOPIC TEXT`, as a line
-`TOPIC TEXT`. It remembers nothing beyond a connection, so after a restart its clients have to
+`TOPIC TEXT`, until `unsub TOPIC`; and first the last one that there was, so that newcomers need not
+wait for news. It remembers nothing beyond its own end, so after a restart its clients have to
 subscribe again: see resubscribe.py.
 
     python examples/hub.py --port 7055
@@ -14,7 +15,7 @@ import trio
 
 from trioreactor import (
     Acceptor,
-    Buffer,
+    LineCodec,
     ProtocolError,
     TcpConnection,
     TcpServer,
@@ -23,46 +24,74 @@ from trioreactor import (
     open_tcp_acceptors,
 )
 
-MAX_LINE = 1000
+LINES = LineCodec(None, max_frame=1000)
 # What is queued for one who does not read; then that one is closed as a SLOW_CONSUMER.
 WATERMARKS = Watermarks(high=65536, low=16384, limit=262144)
+# Topics that one connection may subscribe to, and those whose last text is kept.
+MAX_SUBSCRIPTIONS = 1000
+MAX_KEPT = 10_000
+
+
+class Hub:
+    """Who reads which topic, and the last text of each."""
+
+    def __init__(self) -> None:
+        self.subscribers: defaultdict[bytes, set[TcpConnection]] = defaultdict(set)
+        self.last: dict[bytes, bytes] = {}
+        self.server: TcpServer
+
+    async def __call__(self, conn: TcpConnection) -> None:
+        """Serve *conn*."""
+        topics: set[bytes] = set()
+        conn.context = topics
+        try:
+            await conn.dispatch(LINES.on_message(self.obey))
+        finally:
+            for topic in topics:
+                self.leave(conn, topic)
+
+    def obey(self, conn: TcpConnection, line: bytes) -> None:
+        """Do as a line says."""
+        topics: set[bytes] = conn.context
+        match line.split(None, 2):
+            case [b"sub", topic]:
+                if topic in topics:
+                    return
+                if len(topics) == MAX_SUBSCRIPTIONS:
+                    raise ProtocolError(f"more than {MAX_SUBSCRIPTIONS} subscriptions")
+                topics.add(topic)
+                self.subscribers[topic].add(conn)
+                if topic in self.last:
+                    conn.send(self.last[topic])
+            case [b"unsub", topic]:
+                if topic in topics:
+                    topics.remove(topic)
+                    self.leave(conn, topic)
+            case [b"pub", topic, text]:
+                # The topics that nothing was published on for the longest come first.
+                self.last.pop(topic, None)
+                self.last[topic] = news = LINES.encode(b"%s %s" % (topic, text.rstrip()))
+                if len(self.last) > MAX_KEPT:
+                    del self.last[next(iter(self.last))]
+                self.server.broadcast(news, to=self.subscribers.get(topic, ()))
+            case _:
+                raise ProtocolError("neither sub TOPIC nor unsub TOPIC nor pub TOPIC TEXT")
+
+    def leave(self, conn: TcpConnection, topic: bytes) -> None:
+        """No more of *topic* for *conn*, its last reader perhaps."""
+        self.subscribers[topic].remove(conn)
+        if not self.subscribers[topic]:
+            del self.subscribers[topic]
 
 
 async def main(
     port: int, *, task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    subscribers: defaultdict[bytes, set[TcpConnection]] = defaultdict(set)
-
-    def obey(conn: TcpConnection, line: bytes) -> None:
-        match line.split(None, 2):
-            case [b"sub", topic]:
-                subscribers[topic].add(conn)
-            case [b"pub", topic, text] if topic in subscribers:
-                server.broadcast(b"%s %s\n" % (topic, text.rstrip()), to=subscribers[topic])
-            case [b"pub", _, _]:
-                pass
-            case _:
-                raise ProtocolError("a line that is neither sub TOPIC nor pub TOPIC TEXT")
-
-    def on_message(conn: TcpConnection, buffer: Buffer) -> None:
-        while 0 <= (end := buffer.find(b"\n")) <= MAX_LINE:
-            obey(conn, buffer.take(end + 1))
-        if len(buffer) > MAX_LINE:
-            raise ProtocolError(f"a line of more than {MAX_LINE} bytes")
-
-    async def serve_one(conn: TcpConnection) -> None:
-        try:
-            await conn.dispatch(on_message)
-        finally:
-            for topic in [topic for topic, conns in subscribers.items() if conn in conns]:
-                subscribers[topic].remove(conn)
-                if not subscribers[topic]:
-                    del subscribers[topic]
-
     acceptors = await open_tcp_acceptors(port, host="127.0.0.1")
     print(f"hub on {format_address(acceptors[0].address)}", flush=True)
-    server = TcpServer(serve_one, listeners=acceptors, watermarks=WATERMARKS)
-    await server.serve(task_status=task_status)
+    hub = Hub()
+    hub.server = TcpServer(hub, listeners=acceptors, watermarks=WATERMARKS)
+    await hub.server.serve(task_status=task_status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Reads topics of a hub, and goes on when the hub was restarted: what was asked of a connection
 ends with it, so the client keeps its own list of topics and asks for them again at the beginning
-of each connection. What was published while there was none is missed: see outbox.py for messages
-that must arrive.
+of each connection. What was published while there was none is missed, but for the last text of a
+topic if the hub was there: see outbox.py for messages that must arrive.
 
 `run` calls the handler for each connection; `on_attempt` is told of every attempt to connect.
 
@@ -20,15 +20,14 @@ import trio
 
 from trioreactor import (
     Backoff,
-    Buffer,
     ConnectAttempt,
+    LineCodec,
     NotConnected,
-    ProtocolError,
     TcpClient,
     TcpConnection,
 )
 
-MAX_LINE = 2000
+LINES = LineCodec(None, max_frame=2000)
 
 
 class Subscriber:
@@ -51,17 +50,20 @@ class Subscriber:
         with suppress(NotConnected):
             self.client.send(b"sub %s\n" % topic.encode())
 
+    def unsubscribe(self, topic: str) -> None:
+        """No more of it, though what is on its way still comes."""
+        self.topics.discard(topic)
+        with suppress(NotConnected):
+            self.client.send(b"unsub %s\n" % topic.encode())
+
     async def _handler(self, conn: TcpConnection) -> None:
         for topic in self.topics:
             conn.send(b"sub %s\n" % topic.encode())
-        await conn.dispatch(self._on_message)
+        await conn.dispatch(LINES.on_message(self._on_line))
         self.show("! the hub has gone")
 
-    def _on_message(self, _conn: TcpConnection, buffer: Buffer) -> None:
-        while 0 <= (end := buffer.find(b"\n")) <= MAX_LINE:
-            self.show(buffer.take(end + 1).decode("utf-8", "replace").rstrip())
-        if len(buffer) > MAX_LINE:
-            raise ProtocolError(f"a line of more than {MAX_LINE} bytes")
+    def _on_line(self, _conn: TcpConnection, line: bytes) -> None:
+        self.show(line.decode("utf-8", "replace"))
 
     def _on_attempt(self, attempt: ConnectAttempt) -> None:
         then = "" if attempt.delay is None else f"; the next in {attempt.delay:.2f} s"

@@ -29,8 +29,8 @@ from tests.conftest import no_leaks, reset, until
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# These listen nowhere; test_client_examples.py runs them.
-CLIENTS = {"outbox", "resubscribe", "time_client"}
+# These listen nowhere; test_client_examples.py and test_message_examples.py run them.
+CLIENTS = {"chat_client", "chat_load", "outbox", "resubscribe", "time_client"}
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 
@@ -269,84 +269,6 @@ async def test_maxconnection_wait() -> None:
             await client.aclose()
 
 
-# -- chat
-
-
-class User:
-    """Somebody in the chat room, who looks for text."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
-        self.name = "127.0.0.1:{1}".format(*stream.socket.getsockname())
-        self.seen = ""
-
-    async def sees(self, text: str) -> None:
-        while text not in self.seen:
-            data = await self.stream.receive_some()
-            assert data, f"EOF before {text!r}"
-            self.seen += data.decode()
-
-    async def types(self, text: str) -> None:
-        await self.stream.send_all(text.encode())
-
-
-async def test_chat() -> None:
-    """What one types all see, with the name; comings and goings too."""
-    async with running("chat") as connect:
-        ann = User(await connect())
-        await ann.sees(f"* {ann.name} has come, 1 are here\r\n")
-        bob = User(await connect())
-        await ann.sees(f"* {bob.name} has come, 2 are here\r\n")
-        await bob.types("hel")
-        await ann.types("first\r\n")
-        await bob.sees(f"{ann.name}: first\r\n")
-        await bob.types("lo\r\nworld\n\x1b[2Jred\x07\n")
-        for user in (ann, bob):
-            await user.sees(f"{bob.name}: hello\r\n{bob.name}: world\r\n{bob.name}: [2Jred\r\n")
-        await bob.stream.aclose()
-        await ann.sees(f"* {bob.name} leaves\r\n")
-        await ann.stream.aclose()
-
-
-async def test_chat_line_too_long() -> None:
-    """A line without an end, or with one too far away, ends its own connection alone."""
-    async with running("chat") as connect:
-        ann = User(await connect())
-        await ann.sees("has come")
-        for text in ("x" * 1001, "fine\n" + "x" * 1001 + "\nnever\n"):
-            bob = User(await connect())
-            await bob.types(text)
-            await ann.sees(f"* {bob.name} leaves")
-            await bob.stream.aclose()
-        assert "fine" in ann.seen
-        assert "never" not in ann.seen
-        await ann.types("x" * 1000 + "\n")
-        await ann.sees("x" * 1000 + "\r\n")
-        await ann.stream.aclose()
-
-
-async def test_chat_with_one_who_does_not_read() -> None:
-    """One who has stopped reading delays nobody, and is closed before its queue grows large."""
-    async with running("chat") as connect:
-        ann, bob = User(await connect()), User(await connect())
-        stuck = User(await connect())
-        await stuck.sees("3 are here")
-        gone = f"* {stuck.name} leaves"
-        line = "x" * 1000 + "\n"
-        rounds = 0
-        while gone not in ann.seen:
-            ann.seen = bob.seen = ""
-            await bob.types(line * 100 + "end\n")
-            await ann.sees(": end\r\n")
-            await bob.sees(": end\r\n")
-            assert ann.seen.count("\n") >= 101
-            rounds += 1
-        # The rest of what it did not read is with the kernels.
-        assert rounds * 100 * len(line) < 40_000_000
-        for user in (ann, bob, stuck):
-            await user.stream.aclose()
-
-
 # -- download
 
 each_way = pytest.mark.parametrize("way", ["whole", "chunks", "coroutine"])
@@ -407,6 +329,7 @@ async def test_download_reads_no_further_than_the_client(way: str, tmp_path: Pat
 # -- as programs
 
 
+@pytest.mark.program
 def test_examples_run_by_hand(tmp_path: Path) -> None:
     """Each server runs as a program, says where it listens, takes a client, ends on Ctrl-C."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
