@@ -14,13 +14,12 @@ import platform
 import select
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
+from server_process import ServerProcess, start_servers, two_cores
 
 SERVERS = Path(__file__).with_name("servers.py")
 NAMES = (
@@ -45,36 +44,7 @@ class Round:
     """Round trips a second."""
 
 
-class Server:
-    """A server process on the first core."""
-
-    def __init__(self, name: str, core: int | None) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVERS), name], stdout=subprocess.PIPE, text=True
-        )
-        if core is not None:
-            os.sched_setaffinity(self.process.pid, {core})
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{name} did not start")
-        self.port = int(line)
-
-    def cpu_seconds(self) -> float:
-        """CPU that the process has used, to the nanosecond."""
-        fields = Path(f"/proc/{self.process.pid}/schedstat").read_text().split()
-        return int(fields[0]) / 1e9
-
-    def stop(self) -> None:
-        """End it and wait."""
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-def drive(server: Server, connections: int, size: int, seconds: float) -> Round:
+def drive(server: ServerProcess, connections: int, size: int, seconds: float) -> Round:
     """Keep one message in flight on each connection for a while."""
     message = b"x" * size
     poller = select.epoll()
@@ -133,16 +103,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a server's name; may be repeated")
     options = parser.parse_args()
 
-    cores = sorted(os.sched_getaffinity(0))
-    server_core, load_core = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    server_core, load_core = two_cores()
     if load_core is not None:
         os.sched_setaffinity(0, {load_core})
-    servers: list[Server] = []
-    for name in options.only or NAMES:
-        try:
-            servers.append(Server(name, server_core))
-        except RuntimeError as error:
-            print(f"left out: {error}")
+    servers = start_servers(SERVERS, tuple(options.only or NAMES), server_core)
     rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
     try:
         for _ in range(options.rounds):
@@ -158,7 +122,7 @@ def main() -> None:
         f"{options.size}-byte echo, {options.connections} connections, medians of "
         f"{options.rounds} interleaved rounds; Python {platform.python_version()}, "
         f"trio {trio.__version__}, {platform.system()} {platform.release()}, "
-        f"{len(cores)} cores"
+        f"{os.cpu_count()} cores"
     )
     base = {name: statistics.median(r.cpu_us for r in rs) for name, rs in rounds.items()}
     titles = (("server", -24), ("CPU us/trip", 12), ("trips/s", 10))
