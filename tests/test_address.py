@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from trioreactor import SocketAddress, format_address
 from trioreactor.address import peer_key
 
+pytestmark = pytest.mark.pure
+
 pure = settings(deadline=None, derandomize=True, max_examples=200)
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from trioreactor import Backoff
 from trioreactor.backoff import Delays, Jitter
 
+pytestmark = pytest.mark.pure
+
 # The greatest number that a source of chance gives.
 ALMOST_ONE = math.nextafter(1, 0)
 

@@ -22,6 +22,8 @@ import trioreactor
 from trioreactor import demo
 from trioreactor.cli import main
 
+pytestmark = pytest.mark.program
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 SERVICES = ["echo", "discard", "chargen", "daytime", "time"]
 

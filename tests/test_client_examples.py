@@ -216,9 +216,9 @@ async def test_hub(port: int) -> None:
             await one.send_all(b"sub a\npub a he")
             await one.send_all(b"llo all\n")
             assert await both.receive_some() == await one.receive_some() == b"a hello all\n"
-            await wrong.send_all(b"sub a\nnonsense\n")
+            await wrong.send_all(b"sub c\nnonsense\n")
             assert await rest_of(wrong) == b""
-            await long.send_all(b"sub a\npub a " + b"x" * 2000)
+            await long.send_all(b"sub c\npub c " + b"x" * 2000)
             assert await rest_of(long) == b""
             await publisher.publish_once("nobodys")
             await publisher.publish_once("a")
@@ -343,6 +343,7 @@ def program(name: str, port: int, *arguments: str) -> Iterator[Program]:
             process.kill()
 
 
+@pytest.mark.program
 def test_time_client_by_hand(port: int) -> None:
     """It runs as a program, goes on after the server was killed, and ends on Ctrl-C."""
     with program("time_client", port) as client:
@@ -354,6 +355,7 @@ def test_time_client_by_hand(port: int) -> None:
         client.interrupt()
 
 
+@pytest.mark.program
 def test_resubscribe_by_hand(port: int) -> None:
     """The client tells of each attempt, once, and what is published reaches it again after the
     hub was killed.
@@ -374,6 +376,7 @@ def test_resubscribe_by_hand(port: int) -> None:
         assert client.interrupt() == ""
 
 
+@pytest.mark.program
 def test_outbox_by_hand(port: int, tmp_path: Path) -> None:
     """Message after message arrives, those from the time without an inbox, too."""
     path = tmp_path / "inbox"
@@ -388,6 +391,7 @@ def test_outbox_by_hand(port: int, tmp_path: Path) -> None:
     assert [int(line.split()[1]) for line in lines] == list(range(1, len(lines) + 1))
 
 
+@pytest.mark.program
 def test_outbox_by_hand_gives_up(port: int) -> None:
     """Without an inbox each message is reported as given up after its time."""
     with program("outbox", port, "--patience", "0.2") as outbox:

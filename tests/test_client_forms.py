@@ -28,6 +28,8 @@ from trioreactor import (
     CloseReason,
     ConnectError,
     ConnectionState,
+    FramedChannel,
+    LineCodec,
     NotConnected,
     ProtocolError,
     TcpClient,
@@ -218,6 +220,43 @@ async def test_a_peer_that_breaks_the_protocol(
     assert "a frame of minus one byte" in record.getMessage()
     closed = client.statistics().closed
     assert closed == {CloseReason.PROTOCOL_ERROR: 1, CloseReason.LOCAL_CLOSE: 1}
+
+
+@pytest.mark.parametrize("form", ["run", "session"])
+async def test_a_login_that_nobody_answers(form: str, listener: trio.SocketListener) -> None:
+    """A channel that ends where a message was expected leads to the next connection, in silence."""
+    tried: list[str] = []
+
+    async def log_in(conn: TcpConnection) -> None:
+        tried.append(conn.name)
+        channel = FramedChannel(conn, LineCodec())
+        await channel.send("hello")
+        if len(tried) == 3:
+            client.disconnect()
+        await channel.receive()
+
+    async def hang_up() -> None:
+        for turn in range(3):
+            stream = await listener.accept()
+            assert await stream.receive_some() == b"hello\n"
+            if turn < 2:
+                await stream.aclose()
+            else:
+                assert await stream.receive_some() == b""
+                await stream.aclose()
+
+    client = client_to(listener)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hang_up)
+        if form == "run":
+            await client.run(log_in)
+        else:
+            async for conn in client:
+                async with client.session(conn):
+                    await log_in(conn)
+    assert len(tried) == 3
+    closed = client.statistics().closed
+    assert closed == {CloseReason.PEER_EOF: 2, CloseReason.LOCAL_CLOSE: 1}
 
 
 async def test_a_group_of_only_the_peers_doing(listener: trio.SocketListener) -> None:

@@ -92,6 +92,7 @@ def test_asking_counts_nothing() -> None:
         buffered=0,
         pauses=0,
         resumes=0,
+        dropped=0,
     )
     for _ in range(3):
         assert counters.totals([]) == nothing

@@ -18,7 +18,7 @@ async def test_the_counters() -> None:
     """Received, sent, queued and the crossings are counted as they happen, and stay readable."""
     conn, sock = simulated(room=5, watermarks=Watermarks(high=10, low=2))
     assert conn.statistics() == ConnectionStatistics(
-        bytes_received=0, bytes_sent=0, buffered=0, pauses=0, resumes=0
+        bytes_received=0, bytes_sent=0, buffered=0, pauses=0, resumes=0, dropped=0
     )
     sock.peer_sends(b"abc")
     await conn.receive_some(2)
@@ -33,7 +33,7 @@ async def test_the_counters() -> None:
         await trio.testing.wait_all_tasks_blocked()
     conn.send(bytes(11 + sock.room))
     expected = ConnectionStatistics(
-        bytes_received=3, bytes_sent=len(sock.output), buffered=11, pauses=3, resumes=2
+        bytes_received=3, bytes_sent=len(sock.output), buffered=11, pauses=3, resumes=2, dropped=0
     )
     assert conn.statistics() == expected
     conn.force_close()
@@ -64,7 +64,7 @@ async def test_what_a_callback_has_sent_is_queued() -> None:
 def test_it_is_a_snapshot() -> None:
     """It is a value that does not change afterwards."""
     statistics = ConnectionStatistics(
-        bytes_received=0, bytes_sent=0, buffered=0, pauses=0, resumes=0
+        bytes_received=0, bytes_sent=0, buffered=0, pauses=0, resumes=0, dropped=0
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         statistics.buffered = 1  # type: ignore[misc]

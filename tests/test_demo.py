@@ -20,6 +20,8 @@ from trioreactor import demo
 from trioreactor.demo_report import Report, Step
 from trioreactor.demo_steps import STEPS
 
+pytestmark = pytest.mark.program
+
 
 def test_demo() -> None:
     """The real program without a tty: every step, nothing that does not hold, under 20 s."""

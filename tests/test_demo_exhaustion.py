@@ -11,6 +11,8 @@ from tests.conftest import no_leaks
 from trioreactor import demo_exhaustion
 from trioreactor.demo_report import Report
 
+pytestmark = pytest.mark.program
+
 
 async def test_more_clients_than_descriptors() -> None:
     """The server's process runs short at the limit that it was given, and all of it holds."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 
 from tests.conftest import echo, no_leaks, serving
 from trioreactor import TcpConnection, TcpServer
 from trioreactor.demo_load import CONNECTIONS, MESSAGE_SIZE, make_load
+
+pytestmark = pytest.mark.program
 
 
 async def test_load() -> None:

@@ -18,6 +18,8 @@ from tests.conftest import no_leaks
 from trioreactor import Backoff, ClientStatistics, NotConnected, TcpClient, demo_reconnect
 from trioreactor.demo_report import Report
 
+pytestmark = pytest.mark.program
+
 
 async def take() -> tuple[list[str], str]:
     """The step; the labels of what did not hold, and its text."""

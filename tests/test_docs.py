@@ -34,6 +34,8 @@ import trio
 import trioreactor
 from tests.test_layering import LAYERS
 
+pytestmark = pytest.mark.program
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DESIGN = ROOT / "docs" / "design.md"

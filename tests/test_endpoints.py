@@ -20,6 +20,8 @@ from trioreactor import ConnectAttempt
 from trioreactor.connect_options import places
 from trioreactor.endpoints import Chooser, Endpoint, Rounds, check_endpoint
 
+pytestmark = pytest.mark.pure
+
 A = ("a.example", 1)
 B = ("b.example", 2)
 C = "/run/c.sock"

@@ -10,6 +10,8 @@ import trio
 
 from trioreactor.exception_groups import lone, members, unwrapped, without_frames
 
+pytestmark = pytest.mark.pure
+
 
 def test_members() -> None:
     """A group has members, in their order; what is no group has none, not even an empty row."""

@@ -15,6 +15,8 @@ import pytest
 
 import trioreactor
 
+pytestmark = pytest.mark.pure
+
 NAMES = {
     "Acceptor",
     "AcceptorStatistics",
@@ -23,6 +25,7 @@ NAMES = {
     "Callbacks",
     "ClientStatistics",
     "CloseReason",
+    "Codec",
     "ConnectAttempt",
     "ConnectError",
     "ConnectionState",
@@ -30,12 +33,24 @@ NAMES = {
     "Connector",
     "ConnectorState",
     "ConnectorStatistics",
+    "DelimiterCodec",
     "DrainReport",
     "Endpoint",
     "EventLoop",
+    "FixedLengthCodec",
+    "FrameTooLarge",
+    "FramedChannel",
+    "Heartbeat",
     "IllegalStateTransition",
+    "IncompleteFrame",
+    "JsonLinesCodec",
     "Keepalive",
+    "LengthHeaderCodec",
     "Limits",
+    "LineCodec",
+    "NEED_MORE",
+    "NeedMore",
+    "NetstringCodec",
     "NotConnected",
     "ProtocolError",
     "ReceiveBufferFull",
@@ -49,7 +64,9 @@ NAMES = {
     "TcpServer",
     "Timeouts",
     "TrioReactorError",
+    "VarintCodec",
     "Watermarks",
+    "dispatch_messages",
     "format_address",
     "open_tcp_acceptors",
     "open_tcp_connection",

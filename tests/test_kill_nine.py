@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.kill_nine import DELIVERED, KillNine, Outcome
+
+pytestmark = pytest.mark.program
 
 KILLS = 5
 

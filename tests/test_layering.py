@@ -12,6 +12,8 @@ import pytest
 
 import trioreactor
 
+pytestmark = pytest.mark.pure
+
 PACKAGE = Path(trioreactor.__file__).parent
 
 LAYERS: list[tuple[str, set[str]]] = [
@@ -21,13 +23,17 @@ LAYERS: list[tuple[str, set[str]]] = [
             "address",
             "backoff",
             "buffer",
+            "codec",
             "endpoints",
             "errors",
             "exception_groups",
+            "length_codecs",
+            "line_codecs",
             "options",
             "send_buffer",
             "state",
             "timer_queue",
+            "timing_wheel",
         },
     ),
     (
@@ -51,6 +57,9 @@ LAYERS: list[tuple[str, set[str]]] = [
             "connection_counters",
             "connection_statistics",
             "connector",
+            "deadlines",
+            "draining_attributes",
+            "sending_attributes",
             "ending",
             "half_owner",
             "happy_eyeballs",
@@ -59,10 +68,15 @@ LAYERS: list[tuple[str, set[str]]] = [
             "limits",
             "linger",
             "listen",
+            "overflow",
             "read_half",
+            "socket_attributes",
             "stall_watch",
             "tcp_connection",
+            "timing_attributes",
+            "unread_input",
             "write_half",
+            "write_queue",
         },
     ),
     (
@@ -72,6 +86,8 @@ LAYERS: list[tuple[str, set[str]]] = [
             "client_session",
             "client_statistics",
             "client_waiters",
+            "framed",
+            "heartbeat",
             "server_statistics",
             "tcp_client",
             "tcp_server",

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.test_cli import ENVIRONMENT
+
+pytestmark = pytest.mark.program
 
 
 def test_runs_the_command_line() -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from trioreactor import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
 from trioreactor.send_buffer import SendBuffer
 
+pytestmark = pytest.mark.pure
+
 pure = settings(deadline=None, derandomize=True, max_examples=100)
 
 CLASSES: list[type] = [Watermarks, Timeouts, Keepalive, SocketOptions, Limits]
@@ -65,9 +67,16 @@ WRONG = [
     wrong(Watermarks, ValueError, "a quarter of it (16384) is usual", low=65536),
     wrong(Watermarks, ValueError, "pass a low mark below the high one", high=100, low=101),
     wrong(Watermarks, ValueError, "pass a limit of at least the high mark", limit=65535),
-    *not_seconds(Timeouts, "write_stall", "more than 0"),
+    *[
+        case
+        for name in ("idle", "first_byte", "frame", "write_stall")
+        for case in not_seconds(Timeouts, name, "more than 0")
+    ],
     *not_seconds(Timeouts, "linger", "at least 0"),
-    wrong(Timeouts, ValueError, "pass more than 0 seconds", write_stall=0),
+    *[
+        wrong(Timeouts, ValueError, "pass more than 0 seconds", **{name: 0})
+        for name in ("idle", "first_byte", "frame", "write_stall")
+    ],
     *not_counts(Keepalive, "idle", "seconds"),
     *not_counts(Keepalive, "interval", "seconds"),
     *not_counts(Keepalive, "count", "probes"),
@@ -159,7 +168,8 @@ def test_defaults() -> None:
     assert (marks.high, marks.low, marks.limit) == (65536, 16384, 67108864)
     assert marks.receive_limit == 1048576
     timeouts = Timeouts()
-    assert (timeouts.write_stall, timeouts.linger) == (None, 2)
+    assert timeouts.idle is timeouts.first_byte is timeouts.frame is timeouts.write_stall is None
+    assert timeouts.linger == 2
     options = SocketOptions()
     assert options.no_delay is True
     assert options.keepalive is True
@@ -174,7 +184,7 @@ def test_defaults() -> None:
 def test_none_is_off() -> None:
     """Whatever can be turned off is turned off by None."""
     Watermarks(limit=None, receive_limit=None)
-    Timeouts(write_stall=None, linger=None)
+    Timeouts(idle=None, first_byte=None, frame=None, write_stall=None, linger=None)
     SocketOptions(user_timeout=None, send_buffer=None, receive_buffer=None, backlog=None)
     Limits(connections=None, per_peer=None, accept_rate=None)
 
@@ -183,8 +193,8 @@ def test_the_smallest_values() -> None:
     """The bounds themselves are allowed, and so are whole seconds."""
     Watermarks(high=1, low=0, limit=1024, receive_limit=1)
     Watermarks(high=2000, low=1999, limit=2000)
-    Timeouts(write_stall=1e-9, linger=0)
-    Timeouts(write_stall=1, linger=2)
+    Timeouts(idle=1e-9, first_byte=1e-9, frame=1e-9, write_stall=1e-9, linger=0)
+    Timeouts(idle=1, first_byte=1, frame=1, write_stall=1, linger=2)
     Keepalive(idle=1, interval=1, count=1)
     SocketOptions(user_timeout=1, send_buffer=1, receive_buffer=1, backlog=1)
     SocketOptions(keepalive=Keepalive(idle=1))

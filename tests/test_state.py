@@ -27,6 +27,8 @@ from trioreactor.state import (
     state_diagram,
 )
 
+pytestmark = pytest.mark.pure
+
 CONNECTING = ConnectionState.CONNECTING
 CONNECTED = ConnectionState.CONNECTED
 DISCONNECTING = ConnectionState.DISCONNECTING
@@ -193,6 +195,8 @@ def test_close_reasons() -> None:
         "FORCED",
         "CANCELLED",
         "IDLE_TIMEOUT",
+        "FIRST_BYTE_TIMEOUT",
+        "FRAME_TIMEOUT",
         "WRITE_STALLED",
         "HEARTBEAT_TIMEOUT",
         "SLOW_CONSUMER",

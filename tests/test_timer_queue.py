@@ -6,6 +6,7 @@ import socket
 import weakref
 from collections.abc import Callable
 
+import pytest
 import trio
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from trioreactor.channel import Channel
 from trioreactor.default_poller import current_poller
 from trioreactor.timer_queue import Timer, TimerQueue
+
+pytestmark = pytest.mark.pure
 
 
 def nothing() -> None:

@@ -23,6 +23,7 @@ class Child:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self.pid = process.pid
 
     def ask(self, *command: Any) -> Any:
         """Give a command and wait for its answer."""

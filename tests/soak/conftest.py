@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # Both ends of the largest load and some spare.
-DESCRIPTORS = 6000
+DESCRIPTORS = 12000
 
 Figure = Callable[[str, str], None]
 

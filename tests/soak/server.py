@@ -1,8 +1,9 @@
 """The servers under test, each an echo server in a process of its own.
 
 ``python -m tests.soak.server KIND [OPTIONS]`` first answers with its port. The trioreactor kinds
-("coroutine" and "dispatch", with OPTIONS a JSON object for `Watermarks` and `SocketOptions`) obey
-the commands of `Control`; the others ("trio", "asyncio streams", "asyncio Protocol") only serve.
+("coroutine" and "dispatch", with OPTIONS a JSON object for `Watermarks`, `Timeouts` and
+`SocketOptions`) obey the commands of `Control`; the others ("trio", "asyncio streams", "asyncio
+Protocol") only serve.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from trioreactor import (
     SocketOptions,
     TcpConnection,
     TcpServer,
+    Timeouts,
     Watermarks,
 )
 
@@ -181,6 +183,7 @@ async def serve_trioreactor(kind: str, options: dict[str, Any]) -> None:
         0,
         host=HOST,
         watermarks=Watermarks(**options.get("watermarks", {})),
+        timeouts=Timeouts(**options.get("timeouts", {})),
         socket_options=SocketOptions(**options.get("socket_options", {})),
     )
     async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as commands:
