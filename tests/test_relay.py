@@ -215,7 +215,8 @@ async def test_reset_by_one_who_is_sent_to(mode: str, way: str) -> None:
                     await it.near.send_all(bytes(100_000))
 
         nursery.start_soon(flood)
-        await until(lambda: it.sink.buffered > HIGH)
+        # What is queued may sink again below the mark: the kernels take some more, by and by.
+        await until(lambda: it.sizes)
         reset(it.far.socket)
     assert [it.source.close_reason, it.sink.close_reason] == [CloseReason.PEER_RESET] * 2
 
