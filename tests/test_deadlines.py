@@ -563,6 +563,47 @@ async def test_a_paused_dispatch(autojump_clock: MockClock) -> None:
         conn.force_close()
 
 
+@pytest.mark.parametrize("reader", FRAMED_READERS)
+async def test_pauses_do_not_make_a_drip_younger(
+    reader: Reader, autojump_clock: MockClock
+) -> None:
+    """A pause stops a message's time and does not begin it anew: a drip has no more of it."""
+    conn, peer = pair(Timeouts(frame=5))
+    async with peer, reading(reader, conn):
+        dripped = 0
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while dripped < 60:
+                await peer.send_all(b"x")
+                dripped += 1
+                await trio.sleep(0.9)
+                conn.stop_reading()
+                conn.stop_reading()
+                await trio.sleep(10)
+                conn.start_reading()
+                conn.start_reading()
+        assert conn.close_reason is CloseReason.FRAME_TIMEOUT
+        assert dripped == 6
+
+
+async def test_a_pause_before_the_deadlines(autojump_clock: MockClock) -> None:
+    """Deadlines that are set in a pause begin after it."""
+    conn, peer = pair()
+    lines: list[str] = []
+    on_message = CODEC.on_message(lambda _, line: lines.append(line))
+    async with peer, reading(lambda c: c.dispatch(on_message), conn):
+        await peer.send_all(b"one\ntw")
+        await turns_until(lambda: len(lines) == 1)
+        conn.stop_reading()
+        conn.timeouts = Timeouts(frame=5)
+        await trio.sleep(100)
+        assert conn.state is ConnectionState.CONNECTED
+        begun = trio.current_time()
+        conn.start_reading()
+        reason, at = await end_of(conn)
+        assert reason is CloseReason.FRAME_TIMEOUT
+        assert in_time(at, begun, 5)
+
+
 async def test_whole_messages_that_wait_are_no_frame(autojump_clock: MockClock) -> None:
     """Messages that wait complete for a slow user are not late, however many came together."""
     conn, peer = pair(Timeouts(frame=5))
@@ -656,7 +697,7 @@ async def test_nothing_comes_after_the_end(
             assert nothing_is_set()
             await trio.sleep(100)
             assert conn.close_reason is reason
-            assert conn._life.watches == ()
+            assert conn._life.watches.deadlines is None
     for other in others:
         other.force_close()
 

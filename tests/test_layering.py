@@ -75,6 +75,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "tcp_connection",
             "timing_attributes",
             "unread_input",
+            "watches",
             "write_half",
             "write_queue",
         },

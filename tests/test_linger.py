@@ -210,3 +210,23 @@ async def test_linger_turned_off(autojump_clock: MockClock) -> None:
     assert scope.cancelled_caught
     left.force_close()
     right.force_close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ends"), [(2, 0.5, 1), (2, 5, 5), (2, 3, 3), (None, 3, 4), (2, None, None)]
+)
+async def test_changed_while_it_lingers(
+    before: float | None, after: float | None, ends: float | None, autojump_clock: MockClock
+) -> None:
+    """Another linger holds for a close that waits, too: what has passed counts, where it was
+    counted.
+    """
+    left, right = await tcp_pair(timeouts=Timeouts(linger=before))
+    left.shutdown()
+    await trio.sleep(1)
+    left.timeouts = Timeouts(linger=after)
+    with trio.move_on_after(1000):
+        await left.wait_closed()
+    assert trio.current_time() == pytest.approx(1000 + 1 if ends is None else ends, abs=0.01)
+    left.force_close()
+    right.force_close()

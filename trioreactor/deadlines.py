@@ -32,6 +32,7 @@ class Deadlines:
         "_entries",
         "_expire",
         "_frame_begun",
+        "_paused_at",
         "_poller",
         "_read",
         "_set_at",
@@ -64,6 +65,8 @@ class Deadlines:
         write.moved = now if write.moved is None else write.moved
         # When the message that is incomplete now was begun; None between two.
         self._frame_begun: float | None = now if left_over else None
+        # While its user does not read, a message's time stands still.
+        self._paused_at: float | None = None if read.reading else now
         self._entries: dict[str, Entry] = {}
         self._set_all()
 
@@ -88,10 +91,18 @@ class Deadlines:
             self._frame_begun = trio.current_time()
             self._set_frame()
 
+    def paused(self) -> None:
+        """Its user reads no more: what is expected of the peer is so later. Idempotent."""
+        if self._paused_at is None:
+            self._paused_at = trio.current_time()
+
     def resumed(self) -> None:
-        """Its user reads again: what was begun before has its whole time from now on."""
-        if self._frame_begun is not None:
-            self._frame_begun = trio.current_time()
+        """Its user reads again. Idempotent."""
+        if self._paused_at is not None:
+            if self._frame_begun is not None:
+                self._frame_begun += trio.current_time() - max(self._paused_at, self._frame_begun)
+            self._paused_at = None
+            self._set_frame()
 
     def _set_all(self) -> None:
         # One that has passed comes soon, and not now: a new deadline must not close in here.
@@ -144,6 +155,9 @@ class Deadlines:
         frame, now = self.timeouts.frame, trio.current_time()
         assert frame is not None
         if self._frame_begun is None:
+            return
+        if self._paused_at is not None:
+            # Set anew when it goes on.
             return
         due = self._frame_begun + frame
         late = now - max(due, self._set_at)

@@ -29,7 +29,7 @@ class DrainingAttributes(CallbackAttributes):
         """Set `draining` and call the draining callbacks, as a server's drain does. Idempotent."""
         if not self.draining.is_set():
             self.draining.set()
-            callbacks, self._life.draining_callbacks = self._life.draining_callbacks, ()
+            callbacks, self._life.draining_callbacks = self._life.draining_callbacks, []
             for fn in callbacks:
                 self._own_callbacks().call_soon(fn)
 
@@ -40,4 +40,4 @@ class DrainingAttributes(CallbackAttributes):
         if self.draining.is_set():
             self._own_callbacks().call_soon(fn)
         else:
-            self._life.draining_callbacks = (*self._life.draining_callbacks, fn)
+            self._life.draining_callbacks.append(fn)

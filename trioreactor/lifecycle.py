@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
 from trioreactor.buffer import Buffer
 from trioreactor.channel import Channel
-from trioreactor.deadlines import Deadlines
 from trioreactor.ending import Ending
-from trioreactor.linger import LingerWatch
 from trioreactor.read_half import RECEIVE_SIZE, ReadHalf
 from trioreactor.sockets import broken, reset_on_close
-from trioreactor.stall_watch import StallWatch
 from trioreactor.state import TRANSITIONS, CloseReason, ConnectionState, check_transition
+from trioreactor.watches import Watches
 from trioreactor.write_half import WriteHalf
 
 if TYPE_CHECKING:
@@ -30,14 +28,6 @@ if TYPE_CHECKING:
     from trioreactor.timer_queue import Timer
 
 logger = logging.getLogger("trioreactor.connection")
-
-
-class Watch(Protocol):
-    """Something that has deadlines for a connection."""
-
-    def stop(self) -> None:
-        """Drop them. Idempotent."""
-        ...
 
 
 class Lifecycle:
@@ -54,20 +44,16 @@ class Lifecycle:
         "_eof",
         "_force_timer",
         "_is_twin",
-        "_linger",
         "_sock",
         "callbacks",
-        "deadlines",
         "draining",
         "draining_callbacks",
         "ending",
         "handler_scope",
-        "left_over",
         "poller",
         "read",
         "state",
         "stream",
-        "timeouts",
         "watches",
         "write",
     )
@@ -96,7 +82,6 @@ class Lifecycle:
         self._closed: trio.Event | None = None
         # For those who wait for the peer's EOF, or the end, without reading.
         self._eof: trio.Event | None = None
-        self._linger: LingerWatch | None = None
         self._force_timer: Timer | None = None
         self.write = WriteHalf(self, self.ending, sock, watermarks)
         self.read = ReadHalf(self, self.ending, sock, self.write, watermarks.receive_limit)
@@ -106,48 +91,11 @@ class Lifecycle:
             on_readable=self.read.on_readable,
             on_writable=self.write.on_writable,
         )
-        self.deadlines: Deadlines | None = None
-        # Bytes of an incomplete message, as the last decoding found it.
-        self.left_over = 0
-        # Sends what somebody has gathered, before the way out is closed.
         # Set when it drains; made when somebody asks.
         self.draining: trio.Event | None = None
         # To be called when it drains; let go at the close.
-        self.draining_callbacks: tuple[Callable[[TcpConnection], object], ...] = ()
-        # What is stopped at the close, the deadlines among it.
-        self.watches: tuple[Watch, ...] = ()
-        self.timeouts = timeouts
-        self.set_timeouts(timeouts)
-
-    def set_timeouts(self, timeouts: Timeouts) -> None:
-        """These hold from now on."""
-        self.timeouts = timeouts
-        if self.state is ConnectionState.DISCONNECTED:
-            return
-        watch = self.write.stall_watch
-        if timeouts.write_stall is None:
-            if watch is not None:
-                watch.stop()
-                self.write.stall_watch = None
-        elif watch is not None:
-            watch.change(timeouts.write_stall, self.poller)
-        else:
-            watch = StallWatch(timeouts.write_stall, self.on_write_stalled)
-            self.write.stall_watch = watch
-            if self.write.buffer.size:
-                watch.start(self.poller)
-        if self.deadlines is not None:
-            self.deadlines.change(timeouts)
-        elif (timeouts.idle, timeouts.first_byte, timeouts.frame) != (None, None, None):
-            self.deadlines = Deadlines(
-                self.read,
-                self.write,
-                self.poller,
-                timeouts,
-                self.expire,
-                left_over=self.left_over,
-            )
-            self.watches = (*self.watches, self.deadlines)
+        self.draining_callbacks: list[Callable[[TcpConnection], object]] = []
+        self.watches = Watches(self, timeouts)
 
     def expire(self, reason: CloseReason) -> None:
         """A deadline has passed."""
@@ -179,17 +127,11 @@ class Lifecycle:
 
     def _leave_loop(self) -> None:
         self._become(ConnectionState.DISCONNECTED)
-        if self._linger is not None:
-            self._linger.stop()
-            self._linger = None
         if self._force_timer is not None:
             self._force_timer.cancel()
         self.callbacks = None
-        self.deadlines = None
-        self.draining_callbacks = ()
-        watches, self.watches = self.watches, ()
-        for watch in watches:
-            watch.stop()
+        self.draining_callbacks = []
+        self.watches.stop()
         self.write.channel.close()
         self.write.close()
         self.read.close(self.ending.error() if self.ending.broken else None)
@@ -249,15 +191,10 @@ class Lifecycle:
         """Half-close after everything queued, within `linger`."""
         if self.state is ConnectionState.CONNECTED:
             self.write.end()
-            self._start_linger()
+            self.watches.start_linger()
 
-    def _start_linger(self) -> None:
-        if self.timeouts.linger is not None and self.state is not ConnectionState.DISCONNECTED:
-            if self._linger is None:
-                self._linger = LingerWatch(self.write, self.timeouts.linger, self._linger_expired)
-            self._linger.start()
-
-    def _linger_expired(self, reason: CloseReason | None) -> None:
+    def on_linger_expired(self, reason: CloseReason | None) -> None:
+        """The peer has had `Timeouts.linger` seconds."""
         self.close(reason or self._natural_reason())
 
     def _natural_reason(self) -> CloseReason:
@@ -292,14 +229,14 @@ class Lifecycle:
 
     async def _flush_and_linger(self) -> None:  # noqa: ASYNC910 aclose has checkpoints
         if self.write.buffer.size:
-            self._start_linger()
+            self.watches.start_linger()
             await self.write.wait_at_most(0)
         if self.read.eof or not self.read.has_unread():
             # Closing sends FIN, and the kernel delivers the rest.
             return  # noqa: ASYNC910 as above
         # Closing with unread input sends RST, which can overtake our last bytes.
         self.write.end_now()
-        self._start_linger()
+        self.watches.start_linger()
         while self._discard():
             await self.read.wait_readable()
 
@@ -386,8 +323,7 @@ class Lifecycle:
 
     def on_eof_sent(self) -> None:
         """Our EOF is on its way; a linger that runs begins anew."""
-        if self._linger is not None:
-            self._linger.start()
+        self.watches.on_eof_sent()
 
     def on_high_water_mark(self) -> None:
         """The send buffer rose above the high mark."""

@@ -22,7 +22,7 @@ class LingerWatch:
     the peer has `linger` seconds to send its own.
     """
 
-    __slots__ = ("_expire", "_linger", "_target", "_timer", "_write")
+    __slots__ = ("_begun", "_expire", "_linger", "_target", "_timer", "_write")
 
     def __init__(
         self, write: WriteHalf, linger: float, expire: Callable[[CloseReason | None], None]
@@ -31,7 +31,8 @@ class LingerWatch:
         self._linger = linger
         # Told the reason: WRITE_STALLED, or None where everything was sent.
         self._expire = expire
-        # What may still be queued when the timer fires.
+        # When the period that runs began, and what may still be queued at its end.
+        self._begun = 0.0
         self._target = 0
         self._timer: Timer | None = None
 
@@ -40,9 +41,18 @@ class LingerWatch:
         self.stop()
         buffer = self._write.buffer
         self._target = max(0, buffer.size - max(1, buffer.high // 4))
-        self._timer = self._write.channel.poller.call_at(
-            trio.current_time() + self._linger, self._check
-        )
+        self._set_timer(trio.current_time())
+
+    def _set_timer(self, begun: float) -> None:
+        self._begun = begun
+        self._timer = self._write.channel.poller.call_at(begun + self._linger, self._check)
+
+    def change(self, linger: float) -> None:
+        """Give it so long from now on. What has run of a period counts."""
+        begun, self._linger = self._begun, linger
+        if self._timer is not None:
+            self._timer.cancel()
+            self._set_timer(begun)
 
     def stop(self) -> None:
         """End the watch. Idempotent."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from trioreactor.timing_wheel import was_away
+from trioreactor.timing_wheel import tick_of, was_away
 
 if TYPE_CHECKING:
     from trioreactor.poller import Poller
-    from trioreactor.timer_queue import Timer
+    from trioreactor.timing_wheel import Entry
 
 
 class StallWatch:
@@ -30,7 +30,7 @@ class StallWatch:
         self._moved = 0.0
         # When the timer is to look; later than it might be, where a change made it so.
         self._due = 0.0
-        self._timer: Timer | None = None
+        self._timer: Entry | None = None
 
     def start(self, poller: Poller) -> None:
         """Begin, unless it has begun."""
@@ -57,7 +57,9 @@ class StallWatch:
 
     def _set_timer(self, poller: Poller) -> None:
         self._due = max(self._moved + self._patience, trio.current_time())
-        self._timer = poller.call_at(self._due, lambda: self._check(poller))
+        self._timer = poller.wheel.add(
+            self._due, tick_of(self._patience), lambda: self._check(poller)
+        )
 
     def _check(self, poller: Poller) -> None:
         self._timer = None

@@ -303,14 +303,16 @@ class TcpConnection(
 
     def stop_reading(self) -> None:
         """Leave input in the kernel, so that the peer feels it: no callbacks, and `receive_some`
-        waits. Idempotent.
+        waits. Idempotent. Until `start_reading`, `Timeouts.frame` stands still.
         """
+        if self._life.watches.deadlines is not None:
+            self._life.watches.deadlines.paused()
         self._read.stop_reading()
 
     def start_reading(self) -> None:
         """Take input again; a dispatch callback is called soon for what it had left. Idempotent."""
-        if self._life.deadlines is not None and not self._read.reading:
-            self._life.deadlines.resumed()
+        if self._life.watches.deadlines is not None:
+            self._life.watches.deadlines.resumed()
         self._read.start_reading()
 
     @property

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from trioreactor.options import check_kinds
-from trioreactor.state import ConnectionState
 
 if TYPE_CHECKING:
-    from trioreactor.lifecycle import Lifecycle, Watch
+    from trioreactor.lifecycle import Lifecycle
     from trioreactor.options import Timeouts
     from trioreactor.read_half import ReadHalf
+    from trioreactor.watches import Watch
     from trioreactor.write_half import WriteHalf
 
 
@@ -31,19 +31,16 @@ class TimingAttributes:
         """The deadlines in force. May be set while it lives: they hold from then on. What has
         passed already counts, as far as it is known: the first that are set begin then.
         """
-        return self._life.timeouts
+        return self._life.watches.timeouts
 
     @timeouts.setter
     def timeouts(self, timeouts: Timeouts) -> None:
         check_kinds("TcpConnection", timeouts=timeouts)
-        self._life.set_timeouts(timeouts)
+        self._life.watches.change(timeouts)
 
     def stop_at_close(self, watch: Watch) -> None:
         """Call ``watch.stop()`` when the connection is closed: at once if it is."""
-        if self._life.state is ConnectionState.DISCONNECTED:
-            watch.stop()
-        else:
-            self._life.watches = (*self._life.watches, watch)
+        self._life.watches.add(watch)
 
     def note_times(self) -> None:
         """Keep `last_received` and `last_sent` from now on: that costs a look at the clock each."""
@@ -71,6 +68,7 @@ class TimingAttributes:
         """For codecs: so many messages have come out of the input, and so many bytes are left over,
         the beginning of another. `Timeouts.frame` counts from there.
         """
-        self._life.left_over = left_over
-        if self._life.deadlines is not None:
-            self._life.deadlines.decoded(messages, left_over)
+        watches = self._life.watches
+        watches.left_over = left_over
+        if watches.deadlines is not None:
+            watches.deadlines.decoded(messages, left_over)
