@@ -415,8 +415,8 @@ async def test_a_cancelled_turn_for_the_others_takes_nothing_back() -> None:
                 sent.append(message)
 
         cancelled += await cancelled_after(1, send)
-        assert bytes(sock.output) == frames(*sent)
         await channel.aclose()
+        assert bytes(sock.output) == frames(*sent)
     assert cancelled
 
 
@@ -786,12 +786,125 @@ async def test_who_waits_hears_that_what_was_gathered_has_gone() -> None:
 
 
 async def test_a_message_larger_than_the_limit_goes_alone() -> None:
-    """What can never have room does not wait for it for ever."""
-    conn, sock = simulated(watermarks=Watermarks(high=1000, low=100, limit=1200))
+    """What can never have room is streamed, at the pace of a peer that takes it slowly, and those
+    who send meanwhile come after it.
+    """
+    conn, sock = simulated(room=10, watermarks=Watermarks(high=1000, low=100, limit=1200))
     channel = FramedChannel(conn, CODEC)
+    sent: list[bytes] = []
+
+    async def send(message: bytes) -> None:
+        await channel.send(message)
+        sent.append(message)
+
+    large = [bytes([i]) * 5000 for i in (1, 2)]
     with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for message in (large[0], b"small", large[1]):
+                nursery.start_soon(send, message)
+                await wait_all_tasks_blocked()
+            assert not sent
+            with pytest.raises(trio.BusyResourceError):
+                channel.send_nowait(b"between")
+            for _ in range(300):
+                sock.peer_takes(50)
+                await wait_all_tasks_blocked()
+    assert sent[0] == large[0]
+    assert sorted(sent) == sorted([*large, b"small"])
+    await channel.aclose()
+    assert bytes(sock.output) == frames(*sent)
+
+
+async def test_a_streamed_message_that_is_cancelled() -> None:
+    """A part of it may be on its way: that breaks the connection, as with `send_all`."""
+    conn, _ = simulated(room=10, watermarks=Watermarks(high=1000, low=100, limit=1200))
+    channel = FramedChannel(conn, CODEC)
+    with trio.move_on_after(0.01):
         await channel.send(bytes(5000))
-    assert bytes(sock.output) == frames(bytes(5000))
+    with pytest.raises(trio.BrokenResourceError):
+        await channel.send(b"next")
+    assert conn.close_reason is CloseReason.CANCELLED
+
+
+async def test_nowait_says_what_is_wrong_with_a_large_one() -> None:
+    """`send_nowait` cannot stream, and says what can."""
+    conn, _ = simulated(room=0, watermarks=Watermarks(high=1000, low=100, limit=1200))
+    channel = FramedChannel(conn, CODEC)
+    with pytest.raises(SendBufferFull, match=r"5004 bytes are more than the limit of 1200.*send_all"):
+        channel.send_nowait(bytes(5000))
+    assert conn.close_reason is CloseReason.SLOW_CONSUMER
+
+
+@pytest.mark.parametrize("nowait", [False, True])
+async def test_sends_in_a_row_leave_together(nowait: bool) -> None:
+    """Of many messages that a task sends with nothing to answer, the first leaves at once, for it
+    may be the only one, and the others together.
+    """
+    conn, sock = simulated()
+    channel = FramedChannel(conn, CODEC)
+    messages = numbered(60)
+    for message in messages:
+        if nowait:
+            channel.send_nowait(message)
+        else:
+            await channel.send(message)
+    assert bytes(sock.output) == frames(messages[0])
+    await wait_all_tasks_blocked()
+    assert bytes(sock.output) == frames(*messages)
+    assert len(sock.writes) == 2
+    await channel.send(b"later")
+    assert len(sock.writes) == 3
+    await channel.aclose()
+
+
+async def test_corked_by_its_user() -> None:
+    """`TcpConnection.cork` holds for what a channel sends, until `flush`."""
+    conn, sock = simulated()
+    channel = FramedChannel(conn, CODEC)
+    conn.cork()
+    for message in numbered(20):
+        channel.send_nowait(message)
+    assert not sock.writes
+    channel.flush()
+    assert bytes(sock.output) == frames(*numbered(20))
+    assert len(sock.writes) == 1
+    await channel.aclose()
+
+
+@pytest.mark.parametrize("error", [ProtocolError("no such word"), ValueError("a mistake")])
+@pytest.mark.parametrize("burst", [(b"bad",), (b"bad", b"next"), (b"a", b"bad", b"next")])
+async def test_what_was_sent_before_an_error_leaves(error: Exception, burst: list[bytes]) -> None:
+    """Answers that a handler has sent are not lost with it, gathered or not."""
+
+    async def handler(conn: TcpConnection) -> None:
+        channel = FramedChannel(conn, CODEC)
+        async for message in channel:
+            await channel.send(b"answer to " + message)
+            if message == b"bad":
+                raise error
+
+    server = TcpServer(handler, 0, host="127.0.0.1")
+    async with serving(server) as address, connect(address) as client:
+        await client.send_all(frames(*burst))
+        got = bytearray()
+        with trio.fail_after(5), suppress(trio.BrokenResourceError):
+            while chunk := await client.receive_some():
+                got += chunk
+        answers = [b"answer to " + message for message in burst[: burst.index(b"bad") + 1]]
+        assert got == frames(*answers)
+
+
+async def test_what_was_sent_before_garbage_leaves() -> None:
+    """Nor are they with the peer's own mistake, found behind messages that were not answered."""
+    conn, sock = simulated()
+    channel = FramedChannel(conn, LineCodec("ascii"))
+    sock.peer_sends(b"one\ntwo\n\xff\n")
+    await channel.send(await channel.receive())
+    assert await channel.receive() == "two"
+    assert not sock.output
+    with pytest.raises(ProtocolError):
+        await channel.receive()
+    assert bytes(sock.output) == b"one\n"
     await channel.aclose()
 
 

@@ -823,3 +823,76 @@ async def test_broadcast_from_a_callback(overflow: Literal["drop_newest", "drop_
     assert len(reader.news) == 400 - spoken[-1]
     # The oldest make way for the newest, or the newest are left out.
     assert (reader.news[-1] == 399) == (overflow == "drop_oldest")
+
+
+# News of 564 bytes each, of which 14 have room, and answers.
+NEWS_SIZE, ANSWER_SIZE = 500, 100
+FLOODED = Watermarks(high=4000, low=1500, limit=8192)
+
+
+def flooded(overflow: Overflow) -> tuple[TcpConnection, SimulatedSocket]:
+    """A connection whose peer takes nothing, full of news."""
+    conn, sock = simulated(room=0, watermarks=FLOODED)
+    conn.send(b"!")
+    assert sum(conn.offer(message(i, NEWS_SIZE), overflow) for i in range(20)) == 6
+    assert conn.congested
+    return conn, sock
+
+
+@dropping
+async def test_answers_take_the_place_of_news(overflow: Overflow) -> None:
+    """What must not be lost has room wherever news can be dropped for it, and is not made to wait
+    behind a queue that news keep full.
+    """
+    conn, sock = flooded(overflow)
+    answers = [message(1000 + i, ANSWER_SIZE) for i in range(5)]
+    with trio.fail_after(1):
+        conn.send(answers[0])
+        await conn.send_all(answers[1])
+        for answer in answers[2:]:
+            await conn.wait_uncongested(len(answer))
+            conn.send(answer)
+            # The news go on.
+            conn.offer(message(99, NEWS_SIZE), overflow)
+    assert conn.state is ConnectionState.CONNECTED
+    output = await delivered(sock)
+    places = [output.index(answer) for answer in answers]
+    assert places == sorted(places)
+    assert (len(output) - len(answers) * ANSWER_SIZE) % NEWS_SIZE == 0
+    conn.force_close()
+
+
+@dropping
+async def test_answers_alone_are_bounded(overflow: Overflow) -> None:
+    """One who waits, waits for answers before it, and not for news; one who does not meets the
+    limit when nothing is left that may be dropped.
+    """
+    conn, _ = flooded(overflow)
+    sent = 0
+    with trio.move_on_after(0.05):
+        while True:
+            await conn.wait_uncongested(NEWS_SIZE)
+            conn.send(message(sent, NEWS_SIZE))
+            sent += 1
+    assert sent == 3
+    assert conn.state is ConnectionState.CONNECTED
+    with pytest.raises(SendBufferFull):
+        while sent < 20:
+            conn.send(message(sent, NEWS_SIZE))
+            sent += 1
+    assert sent == 15
+    assert conn.close_reason is CloseReason.SLOW_CONSUMER
+
+
+@dropping
+async def test_drops_for_answers_are_told_of(overflow: Overflow) -> None:
+    """The next offer answers for those, too: what is told is what was dropped."""
+    conn, _ = flooded(overflow)
+    told = 6
+    assert conn.statistics().dropped == told
+    for i in range(3):
+        conn.send(message(i, NEWS_SIZE))
+    assert conn.statistics().dropped > told
+    told += conn.offer(message(99, NEWS_SIZE), overflow)
+    assert told == conn.statistics().dropped
+    conn.force_close()

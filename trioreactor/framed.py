@@ -51,6 +51,8 @@ class FramedChannel(trio.abc.Channel[T]):
         # What the peer did wrong, to be raised after the messages before it, and ever after.
         self._error: ProtocolError | None = None
         self._sends = 0
+        # What is sent is gathered, for more messages are there to be answered.
+        self._corked = False
         # A message has been decoded while draining: what is left over may stay.
         self._drained = False
         # Of a `receive` that waits.
@@ -79,6 +81,8 @@ class FramedChannel(trio.abc.Channel[T]):
             if self._more:
                 await trio.lowlevel.checkpoint()
             elif self._error is not None:
+                # The error is likely to end the connection, and what was sent came before it.
+                self.conn.uncork()
                 await trio.lowlevel.checkpoint()
                 # Raised itself it would keep a traceback, which has this frame, which has it.
                 raise twin(self._error) from self._error.__cause__
@@ -160,7 +164,10 @@ class FramedChannel(trio.abc.Channel[T]):
     async def send(self, value: T) -> None:
         """Send *value*, a message, after waiting until it passes no mark of the send buffer.
 
-        Cancelled while it waits, nothing of the message is sent. `ValueError` if the codec cannot
+        Cancelled while it waits, nothing of the message is sent; but of one larger than
+        `Watermarks.limit`, which is streamed, a part may be, and that breaks the connection.
+        Messages that are sent one after another leave together, in the loop's next turn, but for the
+        first, which leaves at once. `ValueError` if the codec cannot
         encode it; else errors as `TcpConnection.send`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -168,6 +175,9 @@ class FramedChannel(trio.abc.Channel[T]):
         if not self.conn.takes(len(data)):
             self.conn.uncork()
             await self.conn.wait_uncongested(len(data))
+        if not self.conn.fits(len(data)):
+            await self.conn.send_all(data)
+            return
         self._sends += 1
         self._put(data)
         if self._sends % _SENDS_PER_TURN == 0:
@@ -185,9 +195,14 @@ class FramedChannel(trio.abc.Channel[T]):
         if self._messages:
             # Whoever handles messages has more of them here, and will send more.
             conn.cork()
+            self._corked = True
             return conn.send(data)
-        conn.send(data)
+        if not self._corked:
+            conn.gather()
+            return conn.send(data)
         # The last answer takes the others along.
+        self._corked = False
+        conn.send(data)
         conn.uncork()
         return not conn.congested
 

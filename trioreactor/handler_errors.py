@@ -54,6 +54,8 @@ def close_and_log(
         logger.error("%s: the handler raised", conn.name, exc_info=error)
     # Told. It would be a circle: its traceback has the frames that have the connection.
     conn.handler_error = None
+    # What it has sent before is not to depend on whether that was gathered.
+    conn.uncork()
     conn.force_close(reason)
 
 

@@ -26,31 +26,39 @@ def check_overflow(owner: str, overflow: object) -> None:
 
 @trio.lowlevel.enable_ki_protection
 def offer(write: WriteHalf, data: Droppable, overflow: Overflow) -> int:
-    """Send *data*, or drop as *overflow* says; how many messages were dropped."""
+    """Send *data*, or drop as *overflow* says; how many messages were dropped since the last time,
+    for this one or for others that had to be sent.
+    """
     # Whatever stands in the way of sending raises here: the half is closed, or a `send_all` that
     # streams slices would be torn.
     write.send(b"")
-    buffer = write.buffer
     if overflow == "close" or not data:
         write.send(data)
-        return 0
+    else:
+        _offer(write, data, overflow)
+    buffer = write.buffer
+    untold = buffer.dropped - buffer.told
+    buffer.told = buffer.dropped
+    return untold
+
+
+def _offer(write: WriteHalf, data: Droppable, overflow: Overflow) -> None:
+    buffer = write.buffer
     if not buffer.can_ever_hold(len(data)):
         # The kernel may take a part, and the rest would have no place.
         buffer.refuse()
-        return 1
+        return
     if write.corked and write.queued:
         _make_way(write, len(data))
     if not buffer.size:
         write.send(data)
-        return 0
-    before = buffer.dropped
+        return
     if overflow == "drop_oldest" and buffer.drop_oldest(len(data)) is Crossing.LOW:
         write.sank()
     if buffer.has_room(len(data)):
         write.enqueue(data)
     else:
         buffer.refuse()
-    return buffer.dropped - before
 
 
 def _make_way(write: WriteHalf, n: int) -> None:

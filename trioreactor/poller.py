@@ -39,9 +39,13 @@ class Poller(ABC):
 
     always_armed: bool
     """Whether every channel is watched all the time, with no `arm_*` call needed."""
+    max_rounds = MAX_ROUNDS
+    """How many rounds may follow each other."""
 
     def __init__(self) -> None:
         self.woke = False
+        # Counts up, so that two calls of one turn can be told from those of two.
+        self.turn = 0
         self._channels = 0
         self._again: list[Channel] = []
         self._soon: deque[Callable[[], object]] = deque()
@@ -187,7 +191,8 @@ class Poller(ABC):
     def _work(self) -> None:
         """Rounds of: events, what was left over, calls, timers. Never raises, never blocks."""
         self.woke = False
-        for _ in range(MAX_ROUNDS):
+        self.turn += 1
+        for _ in range(self.max_rounds):
             if self._stopping:
                 return
             busy = self._poll()

@@ -81,6 +81,7 @@ class SendBuffer:
         "refused",
         "resumes",
         "size",
+        "told",
     )
 
     def __init__(self, watermarks: Watermarks) -> None:
@@ -97,8 +98,9 @@ class SendBuffer:
         self.droppable = 0
         # Messages that were dropped for want of room.
         self.dropped = 0
-        # Those of them that were never queued.
+        # Those of them that were never queued, and those that whoever offers has heard of.
         self.refused = 0
+        self.told = 0
 
     def __len__(self) -> int:
         return self.size
@@ -120,6 +122,15 @@ class SendBuffer:
     def can_ever_hold(self, n: int) -> bool:
         """Whether *n* bytes stay within `Watermarks.limit` when nothing else is queued."""
         return self.limit is None or ENTRY_OVERHEAD + n <= self.limit
+
+    def could_have_room(self, n: int) -> bool:
+        """`has_room`, if what may be dropped for it were."""
+        return self.has_room(n - self.droppable)
+
+    @property
+    def must_go(self) -> int:
+        """`memory` without what may be dropped."""
+        return self.memory - self.droppable
 
     def append(self, data: bytes | memoryview) -> Crossing:
         """Queue *data*, which must not be empty and, if a memoryview, must be of bytes.
@@ -209,7 +220,7 @@ class SendBuffer:
         all of them would make that.
         """
         room = self.has_room(n)
-        if not room and not self.has_room(n - self.droppable):
+        if not room and not self.could_have_room(n):
             return Crossing.NONE
         chunks = self._chunks
         stay: list[bytes | bytearray | memoryview] = []

@@ -31,6 +31,12 @@ class SendingAttributes:
         """
         return self._write.takes(size)
 
+    def fits(self, size: int) -> bool:
+        """Whether *size* bytes could be queued if nothing else were. What does not fit is for
+        `send_all`, which streams it.
+        """
+        return self._write.buffer.can_ever_hold(size)
+
     async def wait_uncongested(self, size: int = 0) -> None:
         """`wait_send_all_might_not_block`, for any number of tasks, and until `takes` (*size*)."""
         await self._write.wait_uncongested(size)
@@ -40,6 +46,12 @@ class SendingAttributes:
         loop's next turn. In a dispatch callback that is so without asking.
         """
         self._write.cork()
+
+    def gather(self) -> None:
+        """`cork`, unless this is the first call since the loop's last turn: for those who may send
+        several messages one after another, before each.
+        """
+        self._write.gather()
 
     def uncork(self) -> None:
         """Hand what was gathered to the kernel now. Never raises; who sends next hears of it."""

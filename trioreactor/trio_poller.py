@@ -27,6 +27,9 @@ class TrioPoller(Poller):
     """
 
     always_armed = False
+    # Events come by tasks of trio's, so a second round would find only what is left over from the
+    # first, and go on with that while others have input.
+    max_rounds = 1
 
     def __init__(self) -> None:
         super().__init__()

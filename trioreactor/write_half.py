@@ -48,7 +48,7 @@ class WriteHalf(WriteQueue):
             if not self.buffer.can_ever_hold(n):
                 await self._send_slices(data)
                 return
-            while self.open and not self.buffer.has_room(n):
+            while self.open and not self.buffer.could_have_room(n):
                 await self._park()
             if self.send(data):
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -77,13 +77,18 @@ class WriteHalf(WriteQueue):
                 self.enqueue(piece)
                 start += len(piece)
                 self.flush()
-                await self.wait_uncongested()
+                await trio.lowlevel.checkpoint()
+                while self.open and self.buffer.congested:
+                    await self._park()
+            if self._failed or self._closing:
+                raise self._ending.error()
         except BaseException:
             if 0 < start < len(view):
                 self._owner.on_send_torn()
             raise
         finally:
             self._accepting = self.open
+            self.wake()
 
     @trio.lowlevel.enable_ki_protection
     async def wait_send_all_might_not_block(self) -> None:

@@ -43,6 +43,7 @@ class WriteQueue:
         "_lot",
         "_owner",
         "_sock",
+        "_turn",
         "buffer",
         "bytes_sent",
         "channel",
@@ -82,6 +83,8 @@ class WriteQueue:
         self.notify_complete = False
         # Gather what is sent, until `uncork`.
         self.corked = False
+        # The loop's turn in which `gather` was last asked.
+        self._turn = -1
         # What was gathered, while it is one piece: for most callbacks send one, and a queue for it
         # costs as much as all the rest of a send.
         self.held: bytes | memoryview | None = None
@@ -143,18 +146,41 @@ class WriteQueue:
         return not buffer.congested
 
     def enqueue(self, data: bytes | memoryview) -> None:
-        """Queue *data*; `SendBufferFull`, and the end of the connection, if it has no room."""
+        """Queue *data*, for which what may be dropped makes room. `SendBufferFull`, and the end of
+        the connection, if there is none.
+        """
         buffer = self.buffer
-        if not buffer.has_room(len(data)):
-            error = SendBufferFull(
-                f"{len(data)} bytes more than the {buffer.size} that wait for the peer would pass "
-                f"the limit of {buffer.limit}: when send() answers False, wait with "
-                "wait_send_all_might_not_block()"
-            )
-            self._owner.on_send_buffer_full()
-            raise error
+        n = len(data)
+        if not buffer.has_room(n):
+            if buffer.droppable and buffer.drop_oldest(n) is Crossing.LOW:
+                self.sank()
+            if not buffer.has_room(n):
+                error = self._full(n)
+                self._owner.on_send_buffer_full()
+                raise error
         if buffer.append(kept(data)) is Crossing.HIGH:
             self._owner.on_high_water_mark()
+
+    def _full(self, n: int) -> SendBufferFull:
+        buffer = self.buffer
+        if not buffer.can_ever_hold(n):
+            return SendBufferFull(
+                f"{n} bytes are more than the limit of {buffer.limit} can ever hold: use send_all(), "
+                "or raise Watermarks.limit"
+            )
+        return SendBufferFull(
+            f"{n} bytes more than the {buffer.size} that wait for the peer would pass the limit of "
+            f"{buffer.limit}: when send() answers False, wait with wait_send_all_might_not_block()"
+        )
+
+    def gather(self) -> None:
+        """`cork`, unless this is the first since the loop's last turn: of those who send one after
+        another only the first is not to wait for the others.
+        """
+        turn = self.channel.poller.turn
+        if self._turn == turn:
+            self.cork()
+        self._turn = turn
 
     def cork(self) -> None:
         """Gather what is sent, until `uncork` or the poller's next turn."""
@@ -186,13 +212,15 @@ class WriteQueue:
 
     def takes(self, n: int) -> bool:
         """Whether *n* bytes may be sent by one who heeds the marks: not congested, and they have
-        room, or never will.
+        room, or never will. What may be dropped is in nobody's way.
         """
+        if self.open and not self._accepting:
+            return False
         buffer = self.buffer
-        if buffer.congested:
+        if buffer.congested and (not buffer.droppable or buffer.must_go > buffer.low):
             return False
         held = 0 if self.held is None else len(self.held) + ENTRY_OVERHEAD
-        return buffer.has_room(held + n) or not buffer.can_ever_hold(n)
+        return buffer.could_have_room(held + n) or not buffer.can_ever_hold(n)
 
     def _refusal(self) -> Exception:
         if self.open:
