@@ -35,7 +35,7 @@ from trioreactor import (
 )
 
 MAX_PAYLOAD = 255
-CODEC = LengthHeaderCodec(1, signed=False, adjustment=2, max_frame=2 + MAX_PAYLOAD).map(
+CODEC = LengthHeaderCodec(1, adjustment=2, max_frame=2 + MAX_PAYLOAD).map(
     lambda frame: frame[0].to_bytes(2, "little") + frame[1],
     lambda data: (int.from_bytes(data[:2], "little"), data[2:]),
 )

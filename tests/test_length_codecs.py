@@ -139,12 +139,17 @@ def test_muduo_s_codec_is_the_default() -> None:
     assert decoded(codec, [b"\x00\x00\x00\x00\x00\x00\x00\x05hello\x00"]) == (
         [b"", b"hello"], None, b"\x00",
     )  # fmt: skip
-    # Its limit is 65536, that included, and its length is signed.
+    # Its limit is 65536, that included.
     assert codec.decode(Buffer(b"\x00\x01\x00\x00" + bytes(65536))) == bytes(65536)
     with pytest.raises(FrameTooLarge, match="65537 bytes, and at most 65536"):
         codec.decode(Buffer(b"\x00\x01\x00\x01"))
-    with pytest.raises(ProtocolError, match="a frame of -1 bytes"):
+    # Its length is signed, which is seen in those alone that are refused.
+    signed = LengthHeaderCodec(signed=True)
+    assert signed.encode(bytes(65536)) == codec.encode(bytes(65536))
+    with pytest.raises(FrameTooLarge, match="4294967295 bytes, and at most 65536"):
         codec.decode(Buffer(b"\xff\xff\xff\xff"))
+    with pytest.raises(ProtocolError, match="a frame of -1 bytes"):
+        signed.decode(Buffer(b"\xff\xff\xff\xff"))
 
 
 def test_muduo_s_checksum() -> None:
@@ -223,14 +228,23 @@ def test_the_largest_length_that_fits(width: int, signed: bool, most: int) -> No
         codec.encode(bytes(most + 1))
 
 
+@pytest.mark.parametrize(("width", "most"), [(1, 255), (2, 65535)])
+def test_a_narrow_field_counts_all_that_it_can(width: int, most: int) -> None:
+    """Unless it is said to be signed, a length is not: no bit of a short one is given away."""
+    codec = LengthHeaderCodec(width)
+    frame = codec.encode(bytes(most))
+    assert frame == b"\xff" * width + bytes(most)
+    assert codec.decode(Buffer(frame)) == bytes(most)
+
+
 def test_a_length_below_what_the_field_can_say() -> None:
     """With an adjustment, a message can be too short for an unsigned field."""
-    codec = LengthHeaderCodec(2, signed=False, adjustment=3)
+    codec = LengthHeaderCodec(2, adjustment=3)
     assert codec.encode(b"abc") == b"\x00\x00abc"
     with pytest.raises(ValueError, match="does not fit"):
         codec.encode(b"ab")
     # A signed one says it, below zero.
-    codec = LengthHeaderCodec(2, adjustment=3)
+    codec = LengthHeaderCodec(2, signed=True, adjustment=3)
     assert codec.encode(b"ab") == b"\xff\xffab"
     assert codec.decode(Buffer(b"\xff\xffab")) == b"ab"
 
@@ -589,9 +603,9 @@ def test_waiting_for_a_message_looks_at_its_header_only(codec: Codec[bytes], hea
     ("codec", "header", "error"),
     [
         (LengthHeaderCodec(max_frame=20), b"\x00\x00\x00\x15", FrameTooLarge),
-        (LengthHeaderCodec(8, signed=False, max_frame=20), b"\xff" * 8, FrameTooLarge),
-        (LengthHeaderCodec(8, max_frame=20), b"\x7f" + b"\xff" * 7, FrameTooLarge),
-        (LengthHeaderCodec(8, max_frame=20), b"\x80" + b"\x00" * 7, ProtocolError),
+        (LengthHeaderCodec(8, max_frame=20), b"\xff" * 8, FrameTooLarge),
+        (LengthHeaderCodec(8, signed=True, max_frame=20), b"\x7f" + b"\xff" * 7, FrameTooLarge),
+        (LengthHeaderCodec(8, signed=True, max_frame=20), b"\x80" + b"\x00" * 7, ProtocolError),
         (VarintCodec(max_frame=20), b"\x15", FrameTooLarge),
         (NetstringCodec(max_frame=20), b"21", FrameTooLarge),
     ],

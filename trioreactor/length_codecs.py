@@ -40,6 +40,11 @@ class LengthHeaderCodec(Codec[bytes]):
     is the size of the rest; with *header_included* it counts the offset and itself, too. A negative
     size is refused, and so is a rest of more than *max_frame* bytes. *checksum* is four bytes at
     the end, in *byteorder*, over the message.
+
+    The field is unsigned, so that the whole of a narrow one counts. On the wire a signed one
+    (muduo's int32) is the same for every length that both can say, and a negative length in it is
+    read as a very large one: `FrameTooLarge`, unless *max_frame* reaches so far. With *signed* it
+    is a plain `ProtocolError`, and a field may be negative if *adjustment* makes up for it.
     """
 
     __slots__ = (
@@ -60,7 +65,7 @@ class LengthHeaderCodec(Codec[bytes]):
         *,
         byteorder: Literal["big", "little"] = "big",
         max_frame: int = DEFAULT_MAX_FRAME,
-        signed: bool = True,
+        signed: bool = False,
         header_included: bool = False,
         offset: int = 0,
         adjustment: int = 0,

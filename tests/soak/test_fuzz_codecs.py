@@ -51,14 +51,14 @@ OVERHEAD = 16
 CODECS: dict[str, list[Codec[Any]]] = {
     "length-header": [
         LengthHeaderCodec(max_frame=MOST),
-        LengthHeaderCodec(1, max_frame=MOST, adjustment=-1),
+        LengthHeaderCodec(1, signed=True, max_frame=MOST, adjustment=-1),
         LengthHeaderCodec(2, byteorder="little", max_frame=MOST, header_included=True),
-        LengthHeaderCodec(3, signed=False, max_frame=MOST, offset=2, adjustment=1),
-        LengthHeaderCodec(8, signed=False, max_frame=MOST, header_included=True, offset=3),
+        LengthHeaderCodec(3, max_frame=MOST, offset=2, adjustment=1),
+        LengthHeaderCodec(8, max_frame=MOST, header_included=True, offset=3),
     ],
     "length-header-checksum": [
         LengthHeaderCodec(max_frame=MOST, checksum="adler32"),
-        LengthHeaderCodec(1, max_frame=MOST, checksum="crc32", header_included=True),
+        LengthHeaderCodec(1, signed=True, max_frame=MOST, checksum="crc32", header_included=True),
         LengthHeaderCodec(5, byteorder="little", max_frame=MOST, checksum="crc32", offset=2),
     ],
     "varint": [VarintCodec(max_frame=MOST), VarintCodec(max_frame=200)],
