@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +54,7 @@ CODECS: list[tuple[Codec[Any], Any]] = [
     (JsonLinesCodec(), 1234),
     (VarintCodec().map(str.encode, bytes.decode), "four"),
 ]
+OF_BYTES = [codec for codec, message in CODECS if isinstance(message, bytes)]
 each = pytest.mark.parametrize(
     ("codec", "message"), CODECS, ids=[f"{n}-{type(c).__name__}" for n, (c, _) in enumerate(CODECS)]
 )
@@ -126,15 +128,45 @@ def test_what_is_sent_is_bytes(codec: Codec[Any], message: Any) -> None:
         assert type(codec.encode(message)) is bytes
         return
     given_message = bytearray(message)
-    encoded = [codec.encode(cast(Any, given_message))]
-    if not isinstance(codec, LineCodec):
-        encoded.append(codec.encode(cast(Any, memoryview(message))))
+    encoded = [codec.encode(given_message), codec.encode(memoryview(given_message))]
     given_message[:] = bytes(len(given_message))
     for stream in encoded:
         assert type(stream) is bytes
         received = codec.decode(Buffer(bytearray(stream)))
         assert type(received) is bytes
         assert received == message
+
+
+class Subclass(bytes):
+    """Bytes that somebody has given a meaning."""
+
+
+@pytest.mark.parametrize("codec", OF_BYTES, ids=lambda codec: type(codec).__name__)
+@pytest.mark.parametrize(
+    "message",
+    [
+        memoryview(b"four").cast("H"),
+        memoryview(b"four").cast("I"),
+        memoryview(b"four").cast("B", (2, 2)),
+        memoryview(b"f-o-u-r-")[::2],
+        Subclass(b"four"),
+    ],
+    ids=["wide", "wider", "square", "with gaps", "subclass"],
+)
+def test_a_view_is_sent_as_its_bytes(codec: Codec[Any], message: Any) -> None:
+    """A length counts bytes, whatever the items of a memoryview are and wherever they lie."""
+    stream = codec.encode(message)
+    assert type(stream) is bytes
+    assert stream == codec.encode(b"four")
+
+
+@pytest.mark.parametrize("codec", OF_BYTES, ids=lambda codec: type(codec).__name__)
+@pytest.mark.parametrize("message", ["four", [1, 2, 3, 4], 4, None, array("B", b"four")])
+def test_what_is_no_bytes_cannot_be_sent(codec: Codec[Any], message: Any) -> None:
+    """It is a `ValueError` that says which codec wants what, and not sent as something else."""
+    advice = f"{type(codec).__name__} sends bytes, so pass bytes, a bytearray or a memoryview"
+    with pytest.raises(ValueError, match=f"a message of type {type(message).__name__}: {advice}"):
+        codec.encode(message)
 
 
 @pytest.mark.parametrize(

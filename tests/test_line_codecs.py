@@ -291,15 +291,18 @@ def test_a_line_that_is_not_in_the_encoding(encoding: str, stream: bytes) -> Non
 
 
 def test_a_line_that_the_encoding_does_not_have() -> None:
-    """A text that cannot be encoded is a `ValueError`; bytes are no text and text is no bytes."""
+    """A text that cannot be encoded is a `ValueError`, and so is what is no text."""
     with pytest.raises(ValueError, match="ascii"):
         LineCodec("ascii").encode("ü")
     with pytest.raises(ValueError, match="surrogates not allowed"):
         LineCodec().encode("\ud800")
-    with pytest.raises(TypeError, match=r"a line of bytes: LineCodec\('utf-8'\) sends str"):
-        LineCodec().encode(b"\xff")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"a line of str: LineCodec\(None\) sends bytes"):
-        LineCodec(None).encode("a")  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in (b"a", bytearray(b"a"), None, 5):
+        told = (
+            rf"a line of type {type(wrong).__name__}: LineCodec\('utf-8'\) sends text, so pass str"
+        )
+        with pytest.raises(ValueError, match=told):
+            LineCodec().encode(wrong)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from trioreactor.errors import IncompleteFrame, ProtocolError
 from trioreactor.options import check_count, check_present
@@ -41,7 +41,8 @@ class Codec(ABC, Generic[T]):
     One of your own is a subclass with `decode` and `encode`, and passes its limit on:
     ``super().__init__(max_frame)``. A codec has no state: one serves any number of connections.
     What `decode` raises is a `ProtocolError`, and what a message cannot be encoded for is a
-    `ValueError`.
+    `ValueError`. This library's codecs of bytes also encode a bytearray or a memoryview, as its
+    bytes.
     """
 
     __slots__ = ("max_frame",)
@@ -83,6 +84,21 @@ class Codec(ABC, Generic[T]):
         close. When a connection has many, the others have their turn between them.
         """
         return MessageDelivery(self, callback)
+
+
+def as_bytes(codec: Codec[Any], message: object) -> bytes:
+    """The bytes of *message*, a copy that nobody changes; `ValueError` if it has none to send.
+
+    Codecs of bytes ask for whatever is no plain `bytes`.
+    """
+    if isinstance(message, (bytes, bytearray)):
+        return bytes(message)
+    if isinstance(message, memoryview):
+        return message.tobytes()
+    raise ValueError(
+        f"a message of type {type(message).__name__}: {type(codec).__name__} sends bytes, so pass "
+        "bytes, a bytearray or a memoryview"
+    )
 
 
 def check_max_frame(owner: str, max_frame: int) -> None:

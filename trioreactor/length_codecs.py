@@ -6,7 +6,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Literal
 
-from trioreactor.codec import NEED_MORE, Codec, NeedMore
+from trioreactor.codec import NEED_MORE, Codec, NeedMore, as_bytes
 from trioreactor.errors import FrameTooLarge, ProtocolError
 from trioreactor.options import check_count, check_present
 
@@ -136,6 +136,8 @@ class LengthHeaderCodec(Codec[bytes]):
 
     def encode(self, message: bytes) -> bytes:
         """*message* in its frame."""
+        if type(message) is not bytes:
+            message = as_bytes(self, message)
         if self._pack is not None and len(message) <= self.max_frame:
             try:
                 return self._pack(len(message) - self._extra) + message
@@ -193,6 +195,8 @@ class VarintCodec(Codec[bytes]):
 
     def encode(self, message: bytes) -> bytes:
         """*message* behind its length."""
+        if type(message) is not bytes:
+            message = as_bytes(self, message)
         size = len(message)
         if size > self.max_frame:
             raise ValueError(f"a frame of {size} bytes, and at most {self.max_frame} are allowed")
@@ -242,6 +246,8 @@ class NetstringCodec(Codec[bytes]):
 
     def encode(self, message: bytes) -> bytes:
         """*message* as a netstring."""
+        if type(message) is not bytes:
+            message = as_bytes(self, message)
         if len(message) > self.max_frame:
             raise ValueError(
                 f"a netstring of {len(message)} bytes, and at most {self.max_frame} are allowed"
@@ -265,6 +271,8 @@ class FixedLengthCodec(Codec[bytes]):
 
     def encode(self, message: bytes) -> bytes:
         """*message* itself. `ValueError` if it has another size."""
+        if type(message) is not bytes:
+            message = as_bytes(self, message)
         if len(message) != self.max_frame:
             raise ValueError(f"a message of {len(message)} bytes: each has {self.max_frame}")
-        return bytes(message)
+        return message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from trioreactor.codec import NEED_MORE, Codec, MappedCodec, NeedMore, check_max_frame
+from trioreactor.codec import NEED_MORE, Codec, MappedCodec, NeedMore, as_bytes, check_max_frame
 from trioreactor.errors import FrameTooLarge, ProtocolError
 from trioreactor.length_codecs import DEFAULT_MAX_FRAME
 
@@ -45,11 +45,13 @@ class DelimiterCodec(Codec[bytes]):
 
     def encode(self, message: bytes) -> bytes:
         """*message* and its delimiter. `ValueError` if it contains that."""
+        if type(message) is not bytes:
+            message = as_bytes(self, message)
         if len(message) > self.max_frame:
             raise ValueError(
                 f"a message of {len(message)} bytes, and at most {self.max_frame} are allowed"
             )
-        framed = bytes(message) + self._delimiter
+        framed = message + self._delimiter
         # Together they may have one that neither has alone.
         if framed.find(self._delimiter) != len(message):
             raise ValueError(f"a message that contains the delimiter {self._delimiter!r}")
@@ -136,12 +138,15 @@ class LineCodec(Codec[Text], Generic[Text]):
 
     def encode(self, message: Text) -> bytes:
         """The line with its ending. `ValueError` if it contains one."""
-        if isinstance(message, str) is (self._encoding is None):
-            kind = "bytes" if self._encoding is None else "str"
-            raise TypeError(
-                f"a line of {type(message).__name__}: LineCodec({self._encoding!r}) sends {kind}"
+        if self._encoding is None:
+            line = message if type(message) is bytes else as_bytes(self, message)
+        elif isinstance(message, str):
+            line = message.encode(self._encoding)
+        else:
+            raise ValueError(
+                f"a line of type {type(message).__name__}: LineCodec({self._encoding!r}) sends "
+                "text, so pass str"
             )
-        line = message.encode(self._encoding or "utf-8") if isinstance(message, str) else message
         if self._any and line.endswith(b"\r"):
             raise ValueError("a line that ends with a carriage return: it would be taken off")
         if len(line) > self.max_frame:

@@ -96,7 +96,7 @@ def valid_streams(codec: Codec[Any], rng: random.Random) -> list[bytes]:
         for message in (value, str(value).encode(), bytes(7), b"z"):
             try:
                 frames.append(codec.encode(message))
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError):  # the second is of functions given to `map`
                 continue
     return [b"".join(rng.choices(frames, k=rng.randrange(1, 5))) for _ in range(200)]
 
