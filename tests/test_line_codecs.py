@@ -321,6 +321,10 @@ def test_a_line_that_the_encoding_does_not_have() -> None:
         ({"encoding": "utf-32-be"}, r"'utf-32-be'\): its line ending is"),
         ({"encoding": "utf-8-sig"}, r"'utf-8-sig'\): its line ending is b'\\xef\\xbb\\xbf\\n'"),
         ({"encoding": "cp037"}, r"'cp037'\): its line ending is b'%'; .* or use DelimiterCodec"),
+        ({"encoding": "undefined"}, r"'undefined'\): pass the name of a text encoding, or None"),
+        ({"encoding": "utf-8\0"}, r"'utf-8\\x00'\): pass the name of a text encoding, or None"),
+        ({"encoding": "\ud800"}, r"'\\ud800'\): pass the name of a text encoding, or None"),
+        ({"encoding": ""}, r"''\): pass the name of a text encoding, or None"),
         ({"encoding": 8}, r"8\): pass the name of a text encoding, or None for bytes"),
     ],
 )

@@ -103,7 +103,8 @@ class LineCodec(Codec[Text], Generic[Text]):
         if encoding is not None:
             try:
                 newline = "\n".encode(encoding)
-            except (LookupError, TypeError):
+            # "undefined" is an encoding that nothing can be encoded in; a NUL is in no name.
+            except (LookupError, TypeError, ValueError):
                 text = "pass the name of a text encoding, or None for bytes"
                 raise ValueError(f"LineCodec({encoding!r}): {text}") from None
             if newline != b"\n":
