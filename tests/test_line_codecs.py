@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any, Literal
 
 import pytest
@@ -366,7 +367,8 @@ def test_json_lines_on_the_wire() -> None:
 @pytest.mark.parametrize(
     "line",
     [b"", b"{", b"{'a': 1}", b"1 2", b"[1,]", b"NaN", b"[Infinity]", b"-Infinity", b'"\xff"',
-     b"\xff\xfe1\x00", b"9" * 5000, b"[" * 60_000, b'{"a":' * 12_000, b'"\t"'],
+     b"\xff\xfe1\x00", b"9" * 5000, b"[" * 60_000, b'{"a":' * 12_000, b'"\t"',
+     b"\xef\xbb\xbf1"],
     ids=lambda line: repr(line[:8]),
 )  # fmt: skip
 def test_what_is_not_json(line: bytes) -> None:
@@ -375,16 +377,55 @@ def test_what_is_not_json(line: bytes) -> None:
         JsonLinesCodec().decode(Buffer(line + b"\n"))
 
 
-def test_what_json_cannot_say() -> None:
-    """NaN and circles are a `ValueError`, other objects Python's own `TypeError`."""
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"1E+309", b"1" * 400 + b".0"])
+@pytest.mark.parametrize("line", [b"%b", b"[1,[%b]]", b'{"a":{"b":%b}}', b" %b "])
+def test_a_number_that_no_float_can_hold(number: bytes, line: bytes) -> None:
+    """It is refused like the infinity that it would become, which could not be sent on."""
+    with pytest.raises(ProtocolError, match="cannot be decoded: a number beyond a float's range"):
+        JsonLinesCodec().decode(Buffer(line % number + b"\n"))
+
+
+def test_floats_that_are_received_can_be_sent() -> None:
+    """From the smallest to the largest of either sign; in a string, digits are only text."""
+    codec = JsonLinesCodec()
+    largest = sys.float_info.max
+    numbers = [largest, -largest, 5e-324, -0.0, 0.1, 1e16, 2.5]
+    assert codec.decode(Buffer(codec.encode(numbers))) == numbers
+    assert codec.decode(Buffer(b'["1e999",1e-999,1e308]\n')) == ["1e999", 0.0, 1e308]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (math.nan, "JSON compliant"),
+        ([math.inf], "JSON compliant"),
+        ({"a": -math.inf}, "JSON compliant"),
+        ({math.inf: 1}, "JSON compliant"),
+        ("x" * 19, "at most 20"),
+        (object(), "object is not JSON serializable"),
+        ([{1, 2}], "set is not JSON serializable"),
+        (b"bytes", "bytes is not JSON serializable"),
+        ({(1, 2): 3}, "keys must be str"),
+    ],
+)
+def test_what_json_cannot_say(value: Any, reason: str) -> None:
+    """Whatever the reason is, it is a `ValueError` that tells it."""
+    with pytest.raises(ValueError, match=reason):
+        JsonLinesCodec(max_frame=20).encode(value)
+
+
+def test_json_without_an_end_cannot_be_sent() -> None:
+    """Circles, and nesting without measure, are a `ValueError`, too."""
     codec = JsonLinesCodec(max_frame=20)
     circle: list[Any] = []
     circle.append(circle)
-    for value in (math.nan, [math.inf], {"a": -math.inf}, circle, "x" * 19):
-        with pytest.raises(ValueError, match=r"JSON compliant|Circular|at most 20"):
-            codec.encode(value)
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        codec.encode(object())
+    with pytest.raises(ValueError, match="Circular"):
+        codec.encode(circle)
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="a message that is not JSON: "):
+        codec.encode(deep)
     assert codec.decode(Buffer(codec.encode("x" * 18))) == "x" * 18
 
 

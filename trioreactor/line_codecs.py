@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from trioreactor.codec import NEED_MORE, Codec, MappedCodec, NeedMore, as_bytes, check_max_frame
@@ -158,7 +159,9 @@ class LineCodec(Codec[Text], Generic[Text]):
 
 
 class JsonLinesCodec(MappedCodec[Any, bytes]):
-    """A JSON value on each line. `ProtocolError` for what is not JSON, such as NaN."""
+    """A JSON value on each line. `ProtocolError` for what is not JSON, such as NaN, and for numbers
+    that a float cannot hold, such as 1e999, which would become an infinity.
+    """
 
     __slots__ = ()
 
@@ -168,13 +171,28 @@ class JsonLinesCodec(MappedCodec[Any, bytes]):
 
 
 def _to_json(value: Any) -> bytes:
-    # No line breaks, for strings have theirs escaped.
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        # No line breaks, for strings have theirs escaped.
+        return _ENCODER.encode(value).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"a message that is not JSON: {error}") from error
 
 
 def _from_json(line: bytes) -> Any:
-    return json.loads(line.decode(), parse_constant=_refuse_constant)
+    return _DECODER.decode(line.decode())
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("a number beyond a float's range")
+    return number
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# With options, json's own functions make a new one for each message.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_float=_finite_float, parse_constant=_refuse_constant)
