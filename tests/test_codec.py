@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import textwrap
 from array import array
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from hypothesis import given, settings
@@ -354,6 +356,82 @@ def test_the_peer_s_eof_is_checked_by_the_codec() -> None:
     delivery.at_eof(Buffer())
     with pytest.raises(IncompleteFrame, match="1 bytes into it"):
         delivery.at_eof(Buffer(b"\x01"))
+
+
+async def nobody_awaits(conn: TcpConnection, message: bytes) -> None:
+    """What on_message cannot use."""
+
+
+async def nobody_iterates(conn: TcpConnection, message: bytes) -> AsyncIterator[None]:
+    """The same, with a yield in it."""
+    yield
+
+
+class Answers:
+    """Its objects can be called, and have async methods."""
+
+    async def __call__(self, conn: TcpConnection, message: bytes) -> None: ...
+
+    async def method(self, conn: TcpConnection, message: bytes) -> None: ...
+
+    @staticmethod
+    async def static(conn: TcpConnection, message: bytes) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        nobody_awaits,
+        nobody_iterates,
+        Answers(),
+        Answers().method,
+        Answers.static,
+        partial(nobody_awaits),
+        partial(partial(nobody_awaits), message=b""),
+        partial(Answers()),
+        partial(Answers().method),
+    ],
+    ids=lambda callback: re.sub(" at 0x.*", "", repr(callback)),
+)
+def test_an_async_callback_is_refused_at_once(callback: Callable[..., object]) -> None:
+    """Else each message would be lost in a coroutine that nobody awaits."""
+    with pytest.raises(
+        TypeError,
+        match=r"^VarintCodec\.on_message\(callback=.*\): nobody would await it: pass a plain "
+        "function, or receive from a FramedChannel$",
+    ):
+        VarintCodec().on_message(callback)
+
+
+@pytest.mark.parametrize("callback", [None, 5, "print", LineCodec()])
+def test_what_cannot_be_called_is_refused_at_once(callback: Any) -> None:
+    """Not with the first message of a peer, in the middle of a server's life."""
+    told = rf"^VarintCodec\.on_message\(callback={re.escape(repr(callback))}\): pass a function of "
+    with pytest.raises(TypeError, match=told + r"\(conn, message\)$"):
+        VarintCodec().on_message(callback)
+
+
+def test_whatever_is_called_and_not_awaited_is_a_callback() -> None:
+    """A class, a built-in function, a method, a part of one, an object that can be called."""
+
+    class Plain:
+        seen: ClassVar[list[object]] = []
+
+        def __init__(self, conn: object = None, message: object = None) -> None:
+            self.seen.append(message)
+
+        def __call__(self, conn: object, message: object) -> None:
+            self.seen.append(message)
+
+        async def unused(self) -> None: ...
+
+    _, conn = fake()
+    plain = Plain()
+    Plain.seen.clear()
+    for callback in (Plain, plain, plain.__call__, partial(plain), partial(partial(Plain))):
+        FixedLengthCodec(1).on_message(callback)(conn, Buffer(b"x"))
+    assert Plain.seen == [b"x"] * 5
+    FixedLengthCodec(1).on_message(max)
 
 
 # -- a codec of one's own

@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
@@ -461,6 +461,26 @@ async def test_heartbeats_are_not_delivered(make_pair: MakePair) -> None:
     assert await peer.receive_some() == frames(b"pong")
     await peer.aclose()
     await conn.aclose()
+
+
+async def lose(conn: TcpConnection, message: bytes) -> None:
+    """Nobody would await it."""
+
+
+@pytest.mark.parametrize(
+    ("callback", "told"), [(None, "pass a function of "), (lose, "nobody would await it: pass ")]
+)
+async def test_a_wrong_callback_beside_a_heartbeat(
+    callback: Any, told: str, make_pair: MakePair
+) -> None:
+    """`dispatch_messages` refuses what is no plain function before it reads or asks anything."""
+    peer, conn = await make_pair()
+    beat = Heartbeat(ping=b"ping", interval=0.001, timeout=10)
+    with pytest.raises(TypeError, match=rf"^dispatch_messages\(on_message=.*\): {told}"):
+        await dispatch_messages(conn, CODEC, callback, heartbeat=beat)
+    await conn.aclose()
+    assert await everything(peer) == b""
+    await peer.aclose()
 
 
 async def test_pipelined_echo_waits_for_nothing(mock_clock: trio.testing.MockClock) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from trioreactor.errors import IncompleteFrame, ProtocolError
 from trioreactor.options import check_count, check_present
@@ -82,7 +84,11 @@ class Codec(ABC, Generic[T]):
 
         No message is delivered while the connection does not read (`stop_reading`) and after its
         close. When a connection has many, the others have their turn between them.
+
+        `TypeError` for an async function, which nobody would await: async code receives from a
+        `FramedChannel`.
         """
+        check_callback(f"{type(self).__name__}.on_message", "callback", callback)
         return MessageDelivery(self, callback)
 
 
@@ -121,6 +127,27 @@ def check_codec(owner: str, codec: object) -> None:
     """Raise unless *codec* is one."""
     if not isinstance(codec, Codec):
         raise TypeError(f"{owner}(codec={codec!r}): pass a Codec, such as LineCodec()")
+
+
+def check_callback(owner: str, name: str, callback: object) -> None:
+    """Raise unless *callback* is a function of a connection and a message, to be called only."""
+    if not callable(callback):
+        raise TypeError(f"{owner}({name}={callback!r}): pass a function of (conn, message)")
+    if _is_async(callback):
+        raise TypeError(
+            f"{owner}({name}={callback!r}): nobody would await it: pass a plain function, or "
+            "receive from a FramedChannel"
+        )
+
+
+def _is_async(function: Any) -> bool:
+    """Whether a call makes a coroutine or the like, as far as can be told without one."""
+    while isinstance(function, partial):
+        function = cast("Any", function.func)
+    return any(
+        inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+        for called in (function, type(function).__call__)
+    )
 
 
 class MessageDelivery(Generic[T]):

@@ -10,7 +10,14 @@ from typing import TypeVar
 import trio
 
 from trioreactor.buffer import Buffer
-from trioreactor.codec import MESSAGES_PER_TURN, NEED_MORE, Codec, check_codec, check_taken
+from trioreactor.codec import (
+    MESSAGES_PER_TURN,
+    NEED_MORE,
+    Codec,
+    check_callback,
+    check_codec,
+    check_taken,
+)
 from trioreactor.errors import ProtocolError
 from trioreactor.exception_groups import twin, without_frames
 from trioreactor.heartbeat import Heartbeat, HeartbeatWatch, check_heartbeat
@@ -260,6 +267,7 @@ async def dispatch_messages(
     """
     check_codec("dispatch_messages", codec)
     check_heartbeat("dispatch_messages", heartbeat)
+    check_callback("dispatch_messages", "on_message", on_message)
     watch = HeartbeatWatch(conn, heartbeat, lambda message: conn.send(codec.encode(message)))
 
     def deliver(conn: TcpConnection, message: T) -> None:
