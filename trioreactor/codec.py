@@ -31,7 +31,7 @@ NEED_MORE: Final = NeedMore.NEED_MORE
 
 # In dispatch mode, messages that one connection is given before the others have their turn. At a
 # microsecond or two for each it is a turn of about the length that a read of 64 KiB takes.
-MESSAGES_PER_TURN = 128
+MESSAGES_PER_TURN = 16
 
 # More than any header, and what a read may have brought behind a message.
 READ_AHEAD = 65536

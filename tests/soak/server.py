@@ -1,7 +1,8 @@
 """The servers under test, each an echo server in a process of its own.
 
 ``python -m tests.soak.server KIND [OPTIONS]`` first answers with its port. The trioreactor kinds
-("coroutine" and "dispatch", with OPTIONS a JSON object for `Watermarks`, `Timeouts` and
+("coroutine" and "dispatch", "channel" and
+"messages", which echo messages, with OPTIONS a JSON object for `Watermarks`, `Timeouts` and
 `SocketOptions`) obey the commands of `Control`; the others ("trio", "asyncio streams", "asyncio
 Protocol") only serve.
 """
@@ -17,6 +18,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -24,12 +26,16 @@ import trio
 from trioreactor import (
     Buffer,
     Callbacks,
+    FramedChannel,
+    LengthHeaderCodec,
     SocketOptions,
     TcpConnection,
     TcpServer,
     Timeouts,
     Watermarks,
 )
+
+Handler = Callable[[TcpConnection], Awaitable[object]]
 
 HOST = "127.0.0.1"
 
@@ -56,6 +62,33 @@ async def coroutine(conn: TcpConnection) -> None:
 def on_message(conn: TcpConnection, buffer: Buffer) -> None:
     """Echo."""
     conn.send(buffer.take())
+
+
+CODEC = LengthHeaderCodec()
+# Of such messages a burst may have a million; what is no news is answered.
+NEWS = b"x"
+
+
+async def channel(conn: TcpConnection) -> None:
+    """Echo, of messages."""
+    messages = FramedChannel(conn, CODEC)
+    async for message in messages:
+        if message != NEWS:
+            await messages.send(message)
+
+
+def on_framed_message(conn: TcpConnection, message: bytes) -> None:
+    """Echo, of messages."""
+    if message != NEWS:
+        conn.send(CODEC.encode(message))
+
+
+KINDS: dict[str, Handler] = {
+    "coroutine": coroutine,
+    "dispatch": Callbacks(message=on_message),
+    "channel": channel,
+    "messages": Callbacks(message=CODEC.on_message(on_framed_message)),
+}
 
 
 class Warnings(logging.Handler):
@@ -179,7 +212,7 @@ class Control:
 async def serve_trioreactor(kind: str, options: dict[str, Any]) -> None:
     """Serve, and obey until the end of the input."""
     server = TcpServer(
-        coroutine if kind == "coroutine" else Callbacks(message=on_message),
+        KINDS[kind],
         0,
         host=HOST,
         watermarks=Watermarks(**options.get("watermarks", {})),

@@ -146,6 +146,16 @@ class Swarm:
         """How old the messages numbered from *first* to *last* were when they were read."""
         return percentiles([age for number, age in self._ages if first <= number <= last])
 
+    def burst(self, number: int) -> float:
+        """On the first connection so many messages of one byte behind a length of four, and an
+        empty one, whose answer it waits for. Seconds.
+        """
+        sock = self._sockets[0]
+        begun = time.monotonic()
+        sock.sendall(struct.pack(">i", 1).ljust(5, b"x") * number + struct.pack(">i", 0))
+        assert sock.recv(4, socket.MSG_WAITALL) == bytes(4)
+        return time.monotonic() - begun
+
     def stop(self) -> None:
         """What ends a `ping`."""
 
