@@ -197,6 +197,70 @@ async def test_a_number_taken_again_in_the_same_batch() -> None:
         assert current.get() is None
 
 
+class Turns(trio.abc.Instrument):
+    """In which turn of trio's loop each task runs."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.ran: list[tuple[int, str]] = []
+
+    def after_io_wait(self, timeout: float) -> None:
+        self.turn += 1
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.ran.append((self.turn, task.name))
+
+
+async def test_who_waits_for_input_runs_at_once() -> None:
+    """A task that waits for input runs in the turn of the loop in which its input is found, with
+    the poller's own, and not in the next.
+    """
+    left, right = socket.socketpair()
+    other_left, other = await unix_pair()
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(right))
+    async with TcpConnection(stream) as conn, trio.open_nursery() as nursery:
+        nursery.start_soon(other.dispatch, lambda conn, buffer: buffer.take())
+
+        async def read() -> None:
+            for _ in range(20):
+                assert await conn.receive_some() == b"x"
+
+        nursery.start_soon(read, name="reader")
+        await settled()
+        turns = Turns()
+        trio.lowlevel.add_instrument(turns)
+        for _ in range(20):
+            turns.ran.clear()
+            left.send(b"x")
+            other_left.send(b"for a callback")
+            await settled()
+            first = {name: turn for turn, name in reversed(turns.ran)}
+            assert first["reader"] == first["trioreactor.EpollPoller"]
+        trio.lowlevel.remove_instrument(turns)
+        other.force_close()
+    left.close()
+    other_left.force_close()
+
+
+async def test_an_end_and_a_write_beside_a_task_that_waits() -> None:
+    """What is not only input reaches a connection whose task waits, too."""
+    left, right = await tcp_pair()
+    left.send(bytes(20_000_000))
+    got = 0
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def wait() -> None:
+            # Parked for input, it is told of room for output.
+            with pytest.raises(trio.BrokenResourceError):
+                await left.receive_some()
+
+        while got < 20_000_000:
+            got += len(await right.receive_some())
+        right.force_close(reset=True)
+    assert left.close_reason is CloseReason.PEER_RESET
+
+
 async def test_a_wake_up_from_a_burst_of_calls() -> None:
     """Many calls while it sleeps are all made, and it sleeps again after."""
     left, right = await unix_pair()

@@ -33,6 +33,7 @@ class Channel:
         "hangup",
         "on_readable",
         "on_writable",
+        "parked",
         "poller",
         "read_armed",
         "readable",
@@ -63,6 +64,8 @@ class Channel:
         self.failed = False
         # On the poller's again-list.
         self.again = False
+        # Between `park` and `unpark`.
+        self.parked = False
         # Something waits to be written. The poller calls `on_writable` only then, for room for
         # output is reported with every input.
         self.write_wanted = False
@@ -75,6 +78,17 @@ class Channel:
     def closed(self) -> bool:
         """Whether `close` has been called."""
         return self.fd < 0
+
+    def park(self) -> None:
+        """From now on `on_readable` wakes a task, and does nothing else."""
+        self.parked = True
+        self.poller.parked += 1
+
+    def unpark(self) -> None:
+        """No more. Idempotent."""
+        if self.parked:
+            self.parked = False
+            self.poller.parked -= 1
 
     def want_read(self) -> None:
         """Ask for `on_readable` at the next input. Not needed while `read_armed`."""

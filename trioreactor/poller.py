@@ -44,6 +44,8 @@ class Poller(ABC):
 
     def __init__(self) -> None:
         self.woke = False
+        # How many channels are `parked`.
+        self.parked = 0
         # Counts up, so that two calls of one turn can be told from those of two.
         self.turn = 0
         self._channels = 0
@@ -56,8 +58,8 @@ class Poller(ABC):
         self._ended: trio.Event | None = None
         self._stopping = False
         self._asleep = False
-        # The deadline that the task sleeps towards.
-        self._sleeping_until = math.inf
+        # What wakes the task when the next timer is due, while it runs.
+        self._alarm: trio.CancelScope | None = None
 
     # -- for channels
 
@@ -119,10 +121,10 @@ class Poller(ABC):
 
         Timers run while there is a channel: whoever sets one owns a channel.
         """
-        timer = self._timers.add(deadline, fn)
-        if self._asleep and deadline < self._sleeping_until:
-            self._wake()
-        return timer
+        # Later than the earliest, or cancelled since, it comes for nothing and is set anew.
+        if self._alarm is not None and deadline < self._alarm.deadline:
+            self._alarm.deadline = deadline
+        return self._timers.add(deadline, fn)
 
     async def wait_stopped(self) -> None:
         """If the poller is stopping, wait (shielded) until its task has ended; else a checkpoint.
@@ -168,25 +170,33 @@ class Poller(ABC):
     async def _run(self) -> None:  # noqa: ASYNC910 a task of its own
         try:
             while not self._stopping:
-                # Work that is left over must not wait, but other tasks have their turn first.
-                if self._again or self._soon:
-                    await trio.lowlevel.checkpoint()
-                else:
-                    self._asleep = True
-                    deadline = self._timers.next_deadline()
-                    if deadline is None:
-                        self._sleeping_until = math.inf
-                        await self._sleep()
-                    else:
-                        self._sleeping_until = deadline
-                        with trio.move_on_at(deadline):
-                            await self._sleep()
-                    self._asleep = False
+                deadline = self._timers.next_deadline()
+                # One for many sleeps: to make and enter one costs as much as to serve a request.
+                with trio.CancelScope(deadline=math.inf if deadline is None else deadline) as scope:
+                    self._alarm = scope
+                    await self._work_and_sleep()
+                # The timer that it was set for, or one that was cancelled since, is due.
+                self._alarm = None
                 self._work()
         finally:
+            self._alarm = None
             self._stop()
             assert self._ended is not None
             self._ended.set()
+
+    async def _work_and_sleep(self) -> None:  # noqa: ASYNC910 a part of the task
+        """Until the alarm."""
+        while not self._stopping:
+            # Work that is left over must not wait, but other tasks have their turn first.
+            if self._again or self._soon:
+                await trio.lowlevel.checkpoint()
+            else:
+                self._asleep = True
+                try:
+                    await self._sleep()
+                finally:
+                    self._asleep = False
+            self._work()
 
     def _work(self) -> None:
         """Rounds of: events, what was left over, calls, timers. Never raises, never blocks."""
