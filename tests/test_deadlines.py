@@ -564,9 +564,7 @@ async def test_a_paused_dispatch(autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize("reader", FRAMED_READERS)
-async def test_pauses_do_not_make_a_drip_younger(
-    reader: Reader, autojump_clock: MockClock
-) -> None:
+async def test_pauses_do_not_make_a_drip_younger(reader: Reader, autojump_clock: MockClock) -> None:
     """A pause stops a message's time and does not begin it anew: a drip has no more of it."""
     conn, peer = pair(Timeouts(frame=5))
     async with peer, reading(reader, conn):

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from tests.conftest import tcp_streams
-from trioreactor import Callbacks, TcpConnection, TcpServer
+from trioreactor import TcpConnection, TcpServer
 
 
 async def receive(conn: TcpConnection) -> None:
@@ -19,7 +19,12 @@ async def receive(conn: TcpConnection) -> None:
     await conn.receive_some()
 
 
-@pytest.mark.parametrize("handler", [receive, Callbacks(message=lambda conn, buffer: None)])
+async def dispatch(conn: TcpConnection) -> None:
+    """Parks in dispatch."""
+    await conn.dispatch(lambda conn, buffer: None)
+
+
+@pytest.mark.parametrize("handler", [receive, dispatch])
 def test_just_before_a_task_parks(
     handler: Callable[[TcpConnection], Awaitable[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

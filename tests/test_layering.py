@@ -89,6 +89,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "client_waiters",
             "framed",
             "heartbeat",
+            "server_connections",
             "server_statistics",
             "tcp_client",
             "tcp_server",

@@ -100,6 +100,8 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
         self._options = None if ACCEPTED_SOCKETS_INHERIT else socket_options
         self._on_close = on_close
         self.address: SocketAddress = self._sock.getsockname()
+        self.name = format_address(self.address)
+        """The address as text."""
         self._one_address = not is_tcp(self._sock) or self.address[0] not in ("0.0.0.0", "::")
         # Registered at the first wait, so that an acceptor can be made outside trio.
         self._channel: Channel | None = None
@@ -115,7 +117,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
         self._unlogged = 0
 
     def __repr__(self) -> str:
-        return f"<Acceptor on {format_address(self.address)}{' (closed)' if self._closed else ''}>"
+        return f"<Acceptor on {self.name}{' (closed)' if self._closed else ''}>"
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -299,7 +301,7 @@ class Acceptor(trio.abc.Listener[trio.SocketStream]):
         if now >= self._next_log:
             logger.error(
                 "%s: accept failed %d times: %s; %d connections shed so far; pausing %g s",
-                format_address(self.address),
+                self.name,
                 self._unlogged,
                 error,
                 self._shed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 from typing import TypeAlias
 
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | str | bytes
@@ -38,6 +39,12 @@ def peer_key(address: SocketAddress) -> str | None:
     if ":" not in host:
         # The kernel writes IPv4 in one way only, so it needs no parsing.
         return host
+    return _network(host)
+
+
+# Connections of one network come again and again, and parsing costs as much as serving them.
+@lru_cache(1024)
+def _network(host: str) -> str:
     # A scope ("fe80::1%eth0") tells links apart, not peers on one link.
     ip = ipaddress.IPv6Address(host.partition("%")[0])
     if ip.ipv4_mapped is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from trioreactor.codec import Codec
@@ -50,16 +51,41 @@ class Callbacks:
 
     async def __call__(self, conn: TcpConnection) -> None:
         """Serve *conn* until its peer's EOF or its close, then close it."""
-        conn.write_complete_callback = self.write_complete
-        conn.high_water_mark_callback = self.high_water_mark
-        conn.low_water_mark_callback = self.low_water_mark
-        if self.draining is not None:
-            conn.add_draining_callback(self.draining)
-        try:
-            if self.connection is not None:
-                self.connection(conn)
+        with self._ending(conn):
+            self.begin(conn)
             await conn.dispatch(self.message)
             await conn.aclose()
+
+    def begin(self, conn: TcpConnection) -> None:
+        """What comes before the first message."""
+        # A connection without any is spared what would hold them.
+        if self.write_complete is not None:
+            conn.write_complete_callback = self.write_complete
+        if self.high_water_mark is not None:
+            conn.high_water_mark_callback = self.high_water_mark
+        if self.low_water_mark is not None:
+            conn.low_water_mark_callback = self.low_water_mark
+        if self.draining is not None:
+            conn.add_draining_callback(self.draining)
+        if self.connection is not None:
+            self.connection(conn)
+
+    async def finish(self, conn: TcpConnection, error: BaseException | None) -> None:
+        """What comes after the last one: a dispatch without a task has ended by *error*."""
+        with self._ending(conn):
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    # Its traceback has this frame now.
+                    del error
+            await conn.aclose()
+
+    @contextmanager
+    def _ending(self, conn: TcpConnection) -> Generator[None]:
+        """Close *conn* for what ends the block, and tell that it is down."""
+        try:
+            yield
         except Exception as error:
             reason = reason_for(conn, error)
             if reason is CloseReason.HANDLER_ERROR:

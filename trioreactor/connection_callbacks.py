@@ -24,6 +24,8 @@ Handler = Callable[["TcpConnection"], Awaitable[object]]
 MessageCallback = Callable[["TcpConnection", "Buffer"], object]
 # The same for those that do not know whose connection it is.
 OnMessage = Callable[[Any, "Buffer"], object]
+# Told, with the connection, what a dispatch ended by.
+OnEnd = Callable[[Any, "BaseException | None"], object]
 WriteCompleteCallback = Callable[["TcpConnection"], object]
 WaterMarkCallback = Callable[["TcpConnection", int], object]
 

@@ -40,42 +40,51 @@ class ConnectionTotals:
         return {field.name: getattr(self, field.name) for field in fields(ConnectionTotals)}
 
 
-_SUMMED = ("bytes_received", "bytes_sent", "buffered", "pauses", "resumes", "dropped")
-
-
 class ConnectionCounters:
     """Counts what has ended, and adds what lives when asked."""
 
-    __slots__ = ("_closed", "_ended", "opened")
+    __slots__ = (
+        "_bytes_received",
+        "_bytes_sent",
+        "_closed",
+        "_dropped",
+        "_pauses",
+        "_resumes",
+        "opened",
+    )
 
     def __init__(self) -> None:
         self.opened = 0
         self._closed: Counter[CloseReason] = Counter()
-        # Sums over ended connections, field by field.
-        self._ended: Counter[str] = Counter()
+        # Sums over ended connections.
+        self._bytes_received = 0
+        self._bytes_sent = 0
+        self._pauses = 0
+        self._resumes = 0
+        self._dropped = 0
 
     def count_end(self, conn: TcpConnection) -> None:
         """*conn* has ended."""
         assert conn.close_reason is not None
         self._closed[conn.close_reason] += 1
-        _add(self._ended, conn)
+        ended = conn.statistics()
+        self._bytes_received += ended.bytes_received
+        self._bytes_sent += ended.bytes_sent
+        self._pauses += ended.pauses
+        self._resumes += ended.resumes
+        self._dropped += ended.dropped
 
     def totals(self, living: Iterable[TcpConnection]) -> ConnectionTotals:
         """The counters now, with *living* the connections that have not ended."""
-        sums = Counter(self._ended)
-        active = 0
-        for conn in living:
-            active += 1
-            _add(sums, conn)
+        now = [conn.statistics() for conn in living]
         return ConnectionTotals(
             opened=self.opened,
-            active=active,
+            active=len(now),
             closed=MappingProxyType(dict(self._closed)),
-            **{name: sums[name] for name in _SUMMED},
+            bytes_received=self._bytes_received + sum(each.bytes_received for each in now),
+            bytes_sent=self._bytes_sent + sum(each.bytes_sent for each in now),
+            buffered=sum(each.buffered for each in now),
+            pauses=self._pauses + sum(each.pauses for each in now),
+            resumes=self._resumes + sum(each.resumes for each in now),
+            dropped=self._dropped + sum(each.dropped for each in now),
         )
-
-
-def _add(sums: Counter[str], conn: TcpConnection) -> None:
-    statistics = conn.statistics()
-    for name in _SUMMED:
-        sums[name] += getattr(statistics, name)

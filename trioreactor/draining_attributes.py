@@ -29,8 +29,8 @@ class DrainingAttributes(CallbackAttributes):
         """Set `draining` and call the draining callbacks, as a server's drain does. Idempotent."""
         if not self.draining.is_set():
             self.draining.set()
-            callbacks, self._life.draining_callbacks = self._life.draining_callbacks, []
-            for fn in callbacks:
+            callbacks, self._life.draining_callbacks = self._life.draining_callbacks, None
+            for fn in callbacks or ():
                 self._own_callbacks().call_soon(fn)
 
     def add_draining_callback(self, fn: Callable[[TcpConnection], object]) -> None:
@@ -40,4 +40,6 @@ class DrainingAttributes(CallbackAttributes):
         if self.draining.is_set():
             self._own_callbacks().call_soon(fn)
         else:
+            if self._life.draining_callbacks is None:
+                self._life.draining_callbacks = []
             self._life.draining_callbacks.append(fn)

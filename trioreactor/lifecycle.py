@@ -94,7 +94,7 @@ class Lifecycle:
         # Set when it drains; made when somebody asks.
         self.draining: trio.Event | None = None
         # To be called when it drains; let go at the close.
-        self.draining_callbacks: list[Callable[[TcpConnection], object]] = []
+        self.draining_callbacks: list[Callable[[TcpConnection], object]] | None = None
         self.watches = Watches(self, timeouts)
 
     def expire(self, reason: CloseReason) -> None:
@@ -130,7 +130,7 @@ class Lifecycle:
         if self._force_timer is not None:
             self._force_timer.cancel()
         self.callbacks = None
-        self.draining_callbacks = []
+        self.draining_callbacks = None
         self.watches.stop()
         self.write.channel.close()
         self.write.close()
@@ -226,6 +226,16 @@ class Lifecycle:
             self.close(CloseReason.CANCELLED)
             raise
         await self.poller.wait_stopped()
+
+    def close_at_eof(self) -> bool:
+        """`aclose` where it has nothing to wait for: the peer's EOF was read and nothing is queued.
+        Whether that was so.
+        """
+        if not self.read.eof or self.write.queued or self._aclosing:
+            return False
+        self.ending.closed_here = True
+        self.close(self._natural_reason())
+        return True
 
     async def _flush_and_linger(self) -> None:  # noqa: ASYNC910 aclose has checkpoints
         if self.write.buffer.size:

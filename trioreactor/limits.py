@@ -83,8 +83,9 @@ class ConnectionLimiter:
     def release(self) -> None:
         """Free a permit whose connection did not enter."""
         self._permits -= 1
-        # All of them: who waits for room need not be the one with somebody to let in.
-        self._lot.unpark_all()
+        if self._lot:
+            # All of them: who waits for room need not be the one with somebody to let in.
+            self._lot.unpark_all()
 
     def close(self) -> None:
         """Nobody will be let in any more: end every wait."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
-from trioreactor.connection_callbacks import OnMessage, call_on_message
+from trioreactor.connection_callbacks import OnEnd, OnMessage, call_on_message
 from trioreactor.errors import ReceiveBufferFull
 from trioreactor.half_owner import GONE
 from trioreactor.sockets import broken
@@ -43,7 +43,9 @@ class ReadHalf(UnreadInput):
         "_context",
         "_ending",
         "_error",
+        "_interrupted",
         "_limit",
+        "_on_end",
         "_owed",
         "_receive_limit",
         "_receive_size",
@@ -74,25 +76,36 @@ class ReadHalf(UnreadInput):
         # The connection and the context to call a dispatch's callback with.
         self._conn: object = None
         self._context = _NO_CONTEXT
+        # Who hears of the end of a dispatch that has no task.
+        self._on_end: OnEnd | None = None
         # The callback is to be called for what an earlier call left, whatever comes.
         self._owed = False
         self._error: BaseException | None = None  # what dispatch has to raise
         self._closed = False
+        self._interrupted = False
 
     # -- coroutine mode
 
     @trio.lowlevel.enable_ki_protection
-    async def receive_some(self, max_bytes: int | None) -> bytes:
-        """Wait for input and return it: see `TcpConnection.receive_some`."""
+    async def receive_some(self, max_bytes: int | None, *, iterating: bool = False) -> bytes:
+        """Wait for input and return it: see `TcpConnection.receive_some`.
+
+        With *iterating* the end is a StopAsyncIteration, so that ``__anext__`` needs no coroutine
+        of its own.
+        """
         if max_bytes is None:
             max_bytes = RECEIVE_SIZE
         elif operator.index(max_bytes) < 1:
             raise ValueError(f"receive_some({max_bytes}): pass at least 1 byte, or None")
-        self._begin()
+        if self._task is not None or self._on_end is not None:
+            self._begin()
         waited = False
         while True:
             if self._closed:
                 raise self._ending.error()
+            if self._interrupted:
+                self._interrupted = False
+                return b""  # noqa: ASYNC910 it waited
             if (self.channel.readable and self.reading) or self.buffer.size or self.eof:
                 if not waited:
                     await trio.lowlevel.checkpoint_if_cancelled()
@@ -100,18 +113,27 @@ class ReadHalf(UnreadInput):
                 if data is not None:
                     if not waited:
                         await trio.lowlevel.cancel_shielded_checkpoint()
+                    if iterating and not data:
+                        raise StopAsyncIteration
                     return data  # noqa: ASYNC910 it waited, or else did both
             else:
                 if not self.channel.read_armed:
                     self.channel.want_read()
                 self._task = trio.lowlevel.current_task()
+                self.channel.park()
                 await trio.lowlevel.wait_task_rescheduled(self._abort)
                 waited = True
+
+    def interrupt(self) -> None:
+        """Let a `receive_some` that waits give b"", though there is no EOF."""
+        if self._task is not None and self._on_message is None:
+            self._interrupted = True
+            self._wake()
 
     def _begin(self) -> None:
         if self._closed:
             raise self._ending.error()
-        if self._task is not None:
+        if self._task is not None or self._on_end is not None:
             raise trio.BusyResourceError("another task is already receiving on this connection")
 
     def receive_nowait(self, max_bytes: int) -> bytes | None:
@@ -150,6 +172,7 @@ class ReadHalf(UnreadInput):
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._task = None
+        self.channel.unpark()
         self._on_message = None
         return trio.lowlevel.Abort.SUCCEEDED
 
@@ -164,32 +187,59 @@ class ReadHalf(UnreadInput):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         task = self._task = trio.lowlevel.current_task()
+        self._start(conn, on_message, task.context)
+        try:
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+            self._check_end(on_message)
+        finally:
+            self._let_go()
+
+    def dispatch_nowait(
+        self,
+        conn: object,
+        on_message: OnMessage,
+        context: contextvars.Context,
+        on_end: OnEnd,
+    ) -> None:
+        """`dispatch` with no task to wait in: at the end *on_end* is called, with *conn* and what
+        `dispatch` would raise or None. Maybe from inside another call, of a callback even.
+        """
+        self._begin()
+        self._on_end = on_end
+        self._start(conn, on_message, context)
+
+    def _start(self, conn: object, on_message: OnMessage, context: contextvars.Context) -> None:
         self._on_message = on_message
         if self._receive_limit is not None:
             self._limit = max(self._receive_limit, getattr(on_message, "room", 0))
         self._conn = conn
-        self._context = task.context
+        self._context = context
         self._begin_reading()
-        try:
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-            if self._error is not None:
-                raise self._error
-            at_eof = getattr(on_message, "at_eof", None)
-            if at_eof is not None and self.eof:
-                at_eof(self.buffer)
-        finally:
-            # Nothing of this may hold on to anything: each would be a cycle.
-            self._error = None
-            self._conn = None
-            self._context = _NO_CONTEXT
+
+    def _check_end(self, on_message: OnMessage) -> None:
+        """Raise what a dispatch that has ended has to raise."""
+        if self._error is not None:
+            raise self._error
+        at_eof = getattr(on_message, "at_eof", None)
+        if at_eof is not None and self.eof:
+            at_eof(self.buffer)
+
+    def _let_go(self) -> None:
+        """Nothing of a dispatch may hold on to anything: each would be a cycle."""
+        self._error = None
+        self._conn = None
+        self._context = _NO_CONTEXT
 
     def on_readable(self) -> None:
         """There is input, an EOF or an error, or something left over. The hot path of dispatch."""
         on_message = self._on_message
         channel = self.channel
         if on_message is None or not self.reading:
-            if self.busy:
-                self._wake()
+            if self._task is not None and self.reading:
+                task, self._task = self._task, None
+                channel.unpark()
+                channel.poller.woke = True
+                trio.lowlevel.reschedule(task)
             elif channel.failed or self._watching:
                 self._look_for_end()
             return
@@ -236,7 +286,8 @@ class ReadHalf(UnreadInput):
             self._context.run(call_on_message, on_message, self._conn, self.buffer)
         except BaseException as error:  # noqa: ASYNC103 dispatch raises it
             self._finish(error)
-        write.uncork()
+        if write.corked:
+            write.uncork()
         if self.buffer.size and self._limit is not None:
             self._check_limit(self._limit)
 
@@ -272,10 +323,27 @@ class ReadHalf(UnreadInput):
 
     def _finish(self, error: BaseException | None) -> None:
         """End a running dispatch."""
-        if self._on_message is not None:
-            self._on_message = None
-            self._error = error
+        on_message, self._on_message = self._on_message, None
+        if on_message is None:
+            return
+        self._error = error
+        # Raised below, its traceback has this frame, which must not have it.
+        del error
+        if self._on_end is None:
             self._wake()
+            return
+        # A copy, for it may end in a callback, and a context cannot be entered twice.
+        on_end, conn, context = self._on_end, self._conn, self._context.copy()
+        self._on_end = None
+        try:
+            self._check_end(on_message)
+        except BaseException as raised:  # noqa: ASYNC103 it is handed on
+            # From in here, for kept any longer it would be a cycle: its traceback has this frame.
+            self._let_go()
+            context.run(on_end, conn, raised)
+        else:
+            self._let_go()
+            context.run(on_end, conn, None)
 
     def deliver_again(self) -> None:
         """Call the callback in the next round, for what it has left."""
@@ -318,8 +386,10 @@ class ReadHalf(UnreadInput):
         """`aclose` has begun: whoever reads hears of it. Reading goes on only to discard."""
         self._closed = True
         self.reading = True
-        self._on_message = None
-        self._wake()
+        if self._on_message is not None:
+            self._finish(None)
+        else:
+            self._wake()
 
     def close(self, error: BaseException | None) -> None:
         """The socket is closed: wake whoever reads; a dispatch raises *error*. Idempotent."""
@@ -333,5 +403,6 @@ class ReadHalf(UnreadInput):
     def _wake(self) -> None:
         if self._task is not None:
             task, self._task = self._task, None
+            self.channel.unpark()
             self.channel.poller.woke = True
             trio.lowlevel.reschedule(task)

@@ -13,6 +13,9 @@ from trioreactor.errors import IllegalStateTransition
 class ConnectionState(enum.Enum):
     """Where a connection stands."""
 
+    # Members are looked up for every connection, and an Enum's own hash is a function in Python.
+    __hash__ = object.__hash__
+
     CONNECTING = "connecting"
     """The socket is connected; a handshake (TLS, PROXY protocol) still runs."""
     CONNECTED = "connected"
@@ -25,6 +28,8 @@ class ConnectionState(enum.Enum):
 
 class CloseReason(enum.Enum):
     """Why a connection ended. Every connection has exactly one: the first that applied."""
+
+    __hash__ = object.__hash__
 
     LOCAL_CLOSE = "local_close"
     """We closed it (`aclose`, or the handler returned) before the peer did."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+import contextvars
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any
 
@@ -248,12 +249,15 @@ class TcpConnection(
         """
         return self._read.receive_some(max_bytes)
 
-    async def __anext__(self) -> bytes:
+    def interrupt_receive(self) -> None:
+        """Let a `receive_some` that waits give ``b""`` now, as at EOF, which `at_eof` tells from
+        this: for whoever reads for others, and is to do something else. Nothing if none waits.
+        """
+        self._read.interrupt()
+
+    def __anext__(self) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The next chunk, as `receive_some` gives it; the end at EOF."""
-        data = await self._read.receive_some(None)
-        if not data:
-            raise StopAsyncIteration
-        return data
+        return self._read.receive_some(None, iterating=True)
 
     async def dispatch(
         self,
@@ -281,6 +285,19 @@ class TcpConnection(
         if low_water_mark is not None:
             self.low_water_mark_callback = low_water_mark
         await self._read.dispatch(self, on_message)
+
+    def dispatch_nowait(
+        self,
+        on_message: MessageCallback,
+        on_end: Callable[[TcpConnection, BaseException | None], object],
+    ) -> None:
+        """`dispatch` with no task: at its end *on_end* is called, with the connection and what
+        `dispatch` would raise, or None. Callbacks run in a copy of the caller's context.
+
+        *on_end* may be called from inside anything that ends a dispatch, a callback included, so it
+        should only note what happened, or start a task. What it raises is a mistake, and logged.
+        """
+        self._read.dispatch_nowait(self, on_message, contextvars.copy_context(), on_end)
 
     @property
     def at_eof(self) -> bool:
@@ -350,6 +367,12 @@ class TcpConnection(
         if isinstance(error, Exception):
             self._life.ending.fault = reason_for(self, error)
         await self.aclose()
+
+    def close_at_eof(self) -> bool:
+        """Close, if the peer has sent its EOF and nothing is queued: what `aclose` does then, at
+        once. Whether that was so.
+        """
+        return self._life.close_at_eof()
 
     def force_close(self, reason: CloseReason = CloseReason.FORCED, *, reset: bool = False) -> None:
         """Close at once, from anywhere in the loop, a callback too. Idempotent.

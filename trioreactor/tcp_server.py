@@ -15,14 +15,14 @@ import trio
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import SocketAddress, format_address
 from trioreactor.connection_callbacks import Handler
-from trioreactor.connection_counters import ConnectionCounters
-from trioreactor.exception_groups import lone, unwrapped
-from trioreactor.handler_errors import close_and_log, end_after
+from trioreactor.exception_groups import unwrapped
+from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
 from trioreactor.overflow import Overflow, check_overflow
 from trioreactor.send_buffer import Droppable
+from trioreactor.server_connections import ServerConnections
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
@@ -82,7 +82,6 @@ class TcpServer:
             socket_options=socket_options,
         )
         self.name = name
-        self._handler = handler
         self._port = port
         self._host = host
         self._given = listeners
@@ -96,21 +95,16 @@ class TcpServer:
         self._on_drop = on_drop
         self._limiter = ConnectionLimiter(limits)
         self._acceptors: list[Acceptor] = []
-        # Where connections' tasks run, while serving.
-        self._nursery: trio.Nursery
         self._started = False
         # No more connections are wanted: close, drain, or the end of serve.
         self._ending = False
         # Unset while `stop_accepting` holds.
         self._may_accept = trio.Event()
         self._may_accept.set()
-        self._connections: dict[str, TcpConnection] = {}
-        # Whoever waits for the last connection to end.
-        self._empty = trio.lowlevel.ParkingLot()
+        self._connections = ServerConnections(handler, self._limiter)
         self._serial = count(1)
-        self._counters = ConnectionCounters()
         self._rejected: Counter[str] = Counter()
-        self.connections: Mapping[str, TcpConnection] = MappingProxyType(self._connections)
+        self.connections: Mapping[str, TcpConnection] = self._connections.by_name
         """The living connections by name: read-only, always up to date."""
 
     def __repr__(self) -> str:
@@ -136,7 +130,7 @@ class TcpServer:
         return ServerStatistics(
             rejected=MappingProxyType(dict(self._rejected)),
             shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
-            **self._counters.totals(self._connections.values()).as_fields(),
+            **self._connections.counters.totals(self.connections.values()).as_fields(),
         )
 
     # -- serving
@@ -163,7 +157,9 @@ class TcpServer:
         try:
             with unwrapped():
                 async with trio.open_nursery() as nursery:
-                    self._nursery = handler_nursery or nursery
+                    self._connections.serve_in(
+                        handler_nursery or nursery, own=handler_nursery is None
+                    )
                     for acceptor in self._acceptors:
                         nursery.start_soon(self._accept_loop, acceptor, name=repr(acceptor))
                     task_status.started(list(self._acceptors))
@@ -228,7 +224,7 @@ class TcpServer:
                 sock,
                 local_address=acceptor.address_of(sock),
                 peer_address=peer,
-                name=f"{self.name}-{format_address(acceptor.address)}#{next(self._serial)}",
+                name=f"{self.name}-{acceptor.name}#{next(self._serial)}",
                 watermarks=self._watermarks,
                 timeouts=self._timeouts,
             )
@@ -237,48 +233,7 @@ class TcpServer:
             self._limiter.leave(peer)
             acceptor.shed(sock, error)
             return
-        conn.handler_scope = trio.CancelScope()
-        self._connections[conn.name] = conn
-        self._counters.opened += 1
-        try:
-            if isinstance(self._nursery, trio.Nursery):
-                self._nursery.start_soon(self._run, conn, name=conn.name)
-            else:
-                # trio takes anything that has a start_soon, and asks no more of it than this.
-                self._nursery.start_soon(self._run, conn)
-        except BaseException:
-            # A nursery of the user's that has closed.
-            conn.force_close(CloseReason.CANCELLED)
-            self._forget(conn)
-            raise
-
-    async def _run(self, conn: TcpConnection) -> None:  # noqa: ASYNC910 a task of its own
-        """The whole life of one connection's task."""
-        try:
-            assert conn.handler_scope is not None
-            with conn.handler_scope:
-                await self._handler(conn)
-                await conn.aclose()
-        except Exception as error:
-            await end_after(conn, error)  # noqa: ASYNC102 bounded by linger
-        except BaseExceptionGroup as group:
-            errors, rest = group.split(Exception)
-            if errors is not None:
-                close_and_log(conn, errors)
-            if rest is not None:
-                raise lone(rest) from None
-        finally:
-            conn.force_close(CloseReason.CANCELLED)
-            self._forget(conn)
-
-    def _forget(self, conn: TcpConnection) -> None:
-        del self._connections[conn.name]
-        self._counters.count_end(conn)
-        # It refers to the task, and the task's frames to the connection.
-        conn.handler_scope = None
-        self._limiter.leave(conn.peer_address)
-        if not self._connections:
-            self._empty.unpark_all()
+        self._connections.enter(conn)
 
     # -- all connections at once
 
@@ -293,13 +248,20 @@ class TcpServer:
         """
         # What is never dropped may be gathered with what else waits.
         data = bytes(memoryview(data)) if self._overflow == "close" else Droppable(data)
+        conns = self._connections.living() if to is None else list(to)
+        if not data:
+            return sum(conn.state is ConnectionState.CONNECTED for conn in conns)
         behind: list[TcpConnection] = []
         sent = 0
-        for conn in list(self._connections.values() if to is None else to):
-            if conn.buffered:
+        for conn in conns:
+            try:
+                took = conn.send_if_idle(data)
+            except trio.BrokenResourceError:
+                continue
+            if took:
+                sent += 1
+            elif took is None:
                 behind.append(conn)
-            else:
-                sent += self._offer(conn, data)
         return sent + sum(self._offer(conn, data) for conn in behind)
 
     def _offer(self, conn: TcpConnection, data: bytes) -> bool:
@@ -335,7 +297,7 @@ class TcpServer:
     def close(self) -> None:
         """Close every listening socket and connection at once; `serve` returns. Idempotent."""
         self._stop_listening()
-        for conn in list(self._connections.values()):
+        for conn in self._connections.living():
             conn.force_close()
 
     async def drain(self, grace: float) -> DrainReport:
@@ -355,35 +317,31 @@ class TcpServer:
             for acceptor in self._acceptors:
                 self._accept(acceptor, _LAST_CALL)
         self._stop_listening()
-        waiting = list(self._connections.values())
+        waiting = self._connections.living()
         for conn in waiting:
             conn.start_draining()
         with trio.move_on_after(grace):
-            await self._wait_empty()
-        forced = list(self._connections.values())
+            await self._connections.wait_empty()
+        forced = self._connections.living()
         for conn in forced:
             conn.force_close(CloseReason.DRAIN_TIMEOUT)
         linger = self._timeouts.linger
         with trio.move_on_after(_UNWIND if linger is None else linger):
-            await self._wait_empty()
+            await self._connections.wait_empty()
         return DrainReport(
             finished=len(waiting) - len(forced),
             forced=tuple(conn.name for conn in forced),
-            stuck=tuple(self._connections),
+            stuck=tuple(self.connections),
             seconds=trio.current_time() - begun,
         )
 
     def _stop_listening(self) -> None:
         self._ending = True
+        self._connections.stop_entering()
         self.resume_accepting()
         self._limiter.close()
         for acceptor in self._acceptors:
             acceptor.close()
-
-    async def _wait_empty(self) -> None:
-        await trio.lowlevel.checkpoint()
-        while self._connections:
-            await self._empty.park()
 
 
 async def serve_tcp(

@@ -42,7 +42,7 @@ class UnreadInput:
         self.buffer = Buffer()
         # False between `stop_reading` and `start_reading`.
         self.reading = True
-        # The task in receive_some or dispatch.
+        # The task in receive_some or dispatch. A dispatch may have none.
         self._task: trio.lowlevel.Task | None = None
         # Set while dispatching.
         self._on_message: OnMessage | None = None
@@ -56,7 +56,7 @@ class UnreadInput:
     @property
     def busy(self) -> bool:
         """Whether somebody reads, and so will find an error or an EOF by themselves."""
-        return self._task is not None and self.reading
+        return (self._task is not None or self._on_message is not None) and self.reading
 
     @property
     def dispatching(self) -> bool:

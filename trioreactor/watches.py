@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from trioreactor.deadlines import Deadlines
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from trioreactor.read_half import ReadHalf
     from trioreactor.state import CloseReason
     from trioreactor.write_half import WriteHalf
+
+
+# Most connections have none of these, and are spared all else.
+_WATCHED_FROM_THE_BEGINNING = attrgetter("write_stall", "idle", "first_byte", "frame")
+_NONE = (None, None, None, None)
 
 
 class Watch(Protocol):
@@ -58,9 +64,11 @@ class Watches:
         self._linger: LingerWatch | None = None
         # A close waits for the peer.
         self._lingering = False
-        self._others: list[Watch] = []
+        # Made by the first one.
+        self._others: list[Watch] | None = None
         self.timeouts = timeouts
-        self.change(timeouts)
+        if _WATCHED_FROM_THE_BEGINNING(timeouts) != _NONE:
+            self.change(timeouts)
 
     def change(self, timeouts: Timeouts) -> None:
         """These hold from now on. What has run of others counts, as far as it is known."""
@@ -112,9 +120,7 @@ class Watches:
         linger = self.timeouts.linger
         if linger is not None:
             if self._linger is None:
-                self._linger = LingerWatch(
-                    self._owner.write, linger, self._owner.on_linger_expired
-                )
+                self._linger = LingerWatch(self._owner.write, linger, self._owner.on_linger_expired)
             self._linger.start()
 
     def on_eof_sent(self) -> None:
@@ -126,6 +132,8 @@ class Watches:
         """Stop *watch* at the close: at once if that was."""
         if self._owner is None:
             watch.stop()
+        elif self._others is None:
+            self._others = [watch]
         else:
             self._others.append(watch)
 
@@ -139,6 +147,6 @@ class Watches:
         if self.deadlines is not None:
             self.deadlines.stop()
             self.deadlines = None
-        others, self._others = self._others, []
-        for watch in others:
+        others, self._others = self._others, None
+        for watch in others or ():
             watch.stop()

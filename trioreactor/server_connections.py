@@ -1,0 +1,160 @@
+"""ServerConnections: a server's living connections, and whoever serves each of them."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+
+import trio
+
+from trioreactor.callbacks import Callbacks
+from trioreactor.connection_callbacks import Handler
+from trioreactor.connection_counters import ConnectionCounters
+from trioreactor.exception_groups import lone
+from trioreactor.handler_errors import close_and_log, end_after
+from trioreactor.limits import ConnectionLimiter
+from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.tcp_connection import TcpConnection
+
+
+class ServerConnections:
+    """Enters a connection, serves it, and forgets it when it has ended.
+
+    A handler runs in a task for each connection. Callbacks need none while a connection lives, for
+    the poller calls them: that is half the memory, and nearly half the cost of a connection that is
+    short. A task sees to its end, where that has to wait for something.
+    """
+
+    def __init__(self, handler: Handler, limiter: ConnectionLimiter) -> None:
+        self._handler = handler
+        # Has let each of them in.
+        self._limiter = limiter
+        # Where the tasks run, while serving.
+        self._nursery: trio.Nursery
+        # The handler, where connections need no task.
+        self._callbacks: Callbacks | None = None
+        self._living: dict[str, TcpConnection] = {}
+        # No more will be entered.
+        self._ending = False
+        # Whoever waits for the last one to end.
+        self._empty = trio.lowlevel.ParkingLot()
+        self.counters = ConnectionCounters()
+        self.by_name: Mapping[str, TcpConnection] = MappingProxyType(self._living)
+
+    def __len__(self) -> int:
+        return len(self._living)
+
+    def living(self) -> list[TcpConnection]:
+        """A list of its own, for whoever may end some of them."""
+        return list(self._living.values())
+
+    def serve_in(self, nursery: trio.Nursery, *, own: bool) -> None:
+        """Tasks are to run in *nursery*, which has nobody else's if it is the server's *own*."""
+        self._nursery = nursery
+        # Somebody else's does not know of those without a task, and would not end them with it.
+        handler = self._handler
+        if own and isinstance(handler, Callbacks):
+            # Unless it serves in a way of its own.
+            if type(handler).__call__ is not Callbacks.__call__:
+                return
+            self._callbacks = handler
+            nursery.start_soon(self._hold_open)
+
+    async def _hold_open(self) -> None:  # noqa: ASYNC910 a task of its own
+        """By this one, connections without a task belong to the nursery."""
+        try:
+            while self._living or not self._ending:
+                await self._empty.park()
+        finally:
+            for conn in self.living():
+                conn.force_close(CloseReason.CANCELLED)
+
+    def enter(self, conn: TcpConnection) -> None:
+        """Serve *conn* from now on."""
+        self._living[conn.name] = conn
+        self.counters.opened += 1
+        if self._callbacks is not None:
+            self._dispatch(conn, self._callbacks)
+        else:
+            self._start_task(conn, self._handler)
+
+    def _start_task(self, conn: TcpConnection, handler: Handler) -> None:
+        conn.handler_scope = trio.CancelScope()
+        try:
+            if isinstance(self._nursery, trio.Nursery):
+                self._nursery.start_soon(self._run, conn, handler, name=conn.name)
+            else:
+                # trio takes anything that has a start_soon, and asks no more of it than this.
+                self._nursery.start_soon(self._run, conn, handler)
+        except BaseException:
+            # A nursery of the user's that has closed.
+            conn.force_close(CloseReason.CANCELLED)
+            self._forget(conn)
+            raise
+
+    def _dispatch(self, conn: TcpConnection, callbacks: Callbacks) -> None:
+        def begin() -> None:
+            callbacks.begin(conn)
+            conn.dispatch_nowait(callbacks.message, self._dispatched)
+
+        try:
+            # Each has a context of its own, as tasks have.
+            contextvars.copy_context().run(begin)
+        except BaseException as error:  # noqa: ASYNC103 its task raises it
+            self._dispatched(conn, error)
+
+    def _dispatched(self, conn: TcpConnection, error: BaseException | None) -> None:
+        """There is no more input for the callbacks."""
+        assert self._callbacks is not None
+        if error is None and self._callbacks.connection is None and conn.close_at_eof():
+            self._forget(conn)
+        else:
+            # What is left to do may take its time, or raise.
+            self._start_task(conn, partial(self._callbacks.finish, error=error))
+
+    async def _run(self, conn: TcpConnection, handler: Handler) -> None:  # noqa: ASYNC910 a task of its own
+        """The whole life of a connection's task."""
+        try:
+            assert conn.handler_scope is not None
+            with conn.handler_scope:
+                serving = handler(conn)
+                # It may have an error, whose traceback will have this frame.
+                del handler
+                await serving
+                # Most have nothing to wait for, and so no need of the loop's turn.
+                if not conn.close_at_eof():
+                    await conn.aclose()
+        except Exception as error:
+            await end_after(conn, error)  # noqa: ASYNC102 bounded by linger
+        except BaseExceptionGroup as group:
+            errors, rest = group.split(Exception)
+            if errors is not None:
+                close_and_log(conn, errors)
+            if rest is not None:
+                raise lone(rest) from None
+        finally:
+            if conn.state is not ConnectionState.DISCONNECTED:
+                conn.force_close(CloseReason.CANCELLED)
+            self._forget(conn)
+
+    def _forget(self, conn: TcpConnection) -> None:
+        del self._living[conn.name]
+        self.counters.count_end(conn)
+        # It refers to the task, and the task's frames to the connection.
+        conn.handler_scope = None
+        self._limiter.leave(conn.peer_address)
+        if not self._living and self._empty:
+            self._empty.unpark_all()
+
+    def stop_entering(self) -> None:
+        """No more will come. Idempotent."""
+        self._ending = True
+        self._empty.unpark_all()
+
+    async def wait_empty(self) -> None:
+        """Wait until none is left."""
+        await trio.lowlevel.checkpoint()
+        while self._living:
+            await self._empty.park()
