@@ -41,11 +41,21 @@ class SendingAttributes:
         """`wait_send_all_might_not_block`, for any number of tasks, and until `takes` (*size*)."""
         await self._write.wait_uncongested(size)
 
+    def gathered(self, data: bytes) -> bool:
+        """`cork`, and send *data* if that passes no mark and needs no wait. Whether it was sent."""
+        return self._write.gathered(data)
+
     def cork(self) -> None:
         """Gather what is sent from here on; it leaves together, in order, at `uncork` or in the
         loop's next turn. In a dispatch callback that is so without asking.
         """
         self._write.cork()
+
+    def send_if_idle(self, data: bytes) -> bool | None:
+        """`TcpConnection.send` if nothing is queued and the connection takes data: whether it did,
+        or None if something is queued. *data* must not be empty.
+        """
+        return self._write.send_if_idle(data)
 
     def gather(self) -> None:
         """`cork`, unless this is the first call since the loop's last turn: for those who may send

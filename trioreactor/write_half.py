@@ -45,11 +45,13 @@ class WriteHalf(WriteQueue):
             if self.corked:
                 self.uncork()
             n = len(data) if type(data) is bytes else memoryview(data).nbytes
-            if not self.buffer.can_ever_hold(n):
-                await self._send_slices(data)
-                return
-            while self.open and not self.buffer.could_have_room(n):
-                await self._park()
+            # There is room where nothing is queued and it is no more than the high mark.
+            if self.buffer.size or n > self.buffer.high:
+                if not self.buffer.can_ever_hold(n):
+                    await self._send_slices(data)
+                    return
+                while self.open and not self.buffer.could_have_room(n):
+                    await self._park()
             if self.send(data):
                 await trio.lowlevel.cancel_shielded_checkpoint()
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -114,7 +113,7 @@ class WriteQueue:
         if self.corked:
             if not buffer.size:
                 if self.held is None and n <= buffer.high:
-                    self.held = kept(data)
+                    self.held = data if type(data) is bytes else kept(data)
                     return True
                 self._queue_held()
             if buffer.append_below(kept(data)):
@@ -124,26 +123,31 @@ class WriteQueue:
                 self.flush()
                 if not self.open:
                     raise self._refusal()
-        if not buffer.size:
-            try:
-                sent = self._sock.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._owner.on_send_failed(error)
-                raise broken(error) from error
-            self.bytes_sent += sent
-            if sent and self.moved is not None:
-                self.moved = trio.current_time()
-            if sent == n:
-                if self.notify_complete:
-                    self._owner.on_write_complete()
-                return True
-            self.enqueue(memoryview(data)[sent:])
-            self._wait_for_room()
-        else:
+        if buffer.size:
             self.enqueue(data)
+        elif self._write(data, n):
+            return True
         return not buffer.congested
+
+    def _write(self, data: bytes | memoryview, n: int) -> bool:
+        """Give the kernel *n* bytes, with nothing queued. False: it left some; they are queued."""
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._owner.on_send_failed(error)
+            raise broken(error) from error
+        self.bytes_sent += sent
+        if self.moved is not None and sent:
+            self.moved = trio.current_time()
+        if sent == n:
+            if self.notify_complete:
+                self._owner.on_write_complete()
+            return True
+        self.enqueue(memoryview(data)[sent:])
+        self._wait_for_room()
+        return False
 
     def enqueue(self, data: bytes | memoryview) -> None:
         """Queue *data*, for which what may be dropped makes room. `SendBufferFull`, and the end of
@@ -165,13 +169,29 @@ class WriteQueue:
         buffer = self.buffer
         if not buffer.can_ever_hold(n):
             return SendBufferFull(
-                f"{n} bytes are more than the limit of {buffer.limit} can ever hold: use send_all(), "
-                "or raise Watermarks.limit"
+                f"{n} bytes are more than the limit of {buffer.limit} can ever hold: use "
+                "send_all(), or raise Watermarks.limit"
             )
         return SendBufferFull(
             f"{n} bytes more than the {buffer.size} that wait for the peer would pass the limit of "
             f"{buffer.limit}: when send() answers False, wait with wait_send_all_might_not_block()"
         )
+
+    def send_if_idle(self, data: bytes) -> bool | None:
+        """`send`, if nothing is queued and it may: whether it did, and None if something is queued.
+
+        For broadcasts, to whom this is what most connections need. `trio.BrokenResourceError` as
+        from `send`.
+        """
+        if self.buffer.size or self.held is not None:
+            return None
+        if not self._accepting:
+            return False
+        if self.corked:
+            self.send(data)
+        else:
+            self._write(data, len(data))
+        return True
 
     def gather(self) -> None:
         """`cork`, unless this is the first since the loop's last turn: of those who send one after
@@ -181,6 +201,24 @@ class WriteQueue:
         if self._turn == turn:
             self.cork()
         self._turn = turn
+
+    def gathered(self, data: bytes) -> bool:
+        """`cork`, and send *data* if it can be gathered with what is so already, and crosses no
+        mark. Whether it was sent.
+        """
+        if not self._accepting:
+            return False
+        if not self.corked:
+            self.cork()
+        buffer = self.buffer
+        if not buffer.size:
+            if self.held is None:
+                if not 0 < len(data) <= buffer.high:
+                    return False
+                self.held = data
+                return True
+            self._queue_held()
+        return bool(data) and buffer.append_below(data)
 
     def cork(self) -> None:
         """Gather what is sent, until `uncork` or the poller's next turn."""
@@ -196,9 +234,11 @@ class WriteQueue:
         held = self.held
         if held is not None:
             self.held = None
-            # The owner has heard of it, and the callback that sent is over.
-            with suppress(trio.BrokenResourceError):
-                self.send(held)
+            try:  # noqa: SIM105 suppress costs as much as all the rest of this
+                self._write(held, len(held))
+            except trio.BrokenResourceError:
+                # The owner has heard of it, and the callback that sent is over.
+                pass
             if self._lot:
                 self.wake()
         elif self.buffer.size:
