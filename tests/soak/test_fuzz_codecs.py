@@ -125,6 +125,20 @@ def mutated(stream: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def many_at_once(codec: Codec[Any], pieces: list[bytes]) -> tuple[list[Any], bool]:
+    """What is decoded of *pieces*, three messages at a time, and whether without an error."""
+    buffer = Buffer()
+    messages: list[Any] = []
+    for piece in pieces:
+        buffer.append(piece)
+        try:
+            while not codec.decode_into(buffer, messages, 3):
+                pass
+        except ProtocolError:
+            return messages, False
+    return messages, True
+
+
 def outcome(codec: Codec[Any], pieces: list[bytes]) -> str:
     """Decode *pieces* as a connection would; check all promises; say how it ended."""
     buffer = Buffer()
@@ -170,9 +184,10 @@ def fuzz(name: str, chunk: int, inputs: int = CHUNK) -> Counter[str]:
         try:
             ends[outcome(codec, pieces)] += 1
             if not number % 16:
-                # How it was cut makes no difference.
+                # How it was cut makes no difference, nor whether it is decoded one by one.
                 whole, cut = decoded(codec, [data]), decoded(codec, pieces)
                 assert (whole[0], whole[1] is None) == (cut[0], cut[1] is None)
+                assert many_at_once(codec, pieces) == (cut[0], cut[1] is None)
         except Exception as error:
             kind = type(codec).__name__
             raise AssertionError(f"{kind}, input {number} of {name} {chunk}: {pieces}") from error
