@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 import trio
-from servers import listening_socket, on_uvloop
+from peers.common import listening_socket
 
 from trioreactor import (
     Acceptor,
@@ -79,10 +79,16 @@ async def serve_asyncio() -> None:
     await server.serve_forever()
 
 
+def on_uvloop() -> None:
+    import uvloop
+
+    uvloop.run(serve_asyncio())
+
+
 SERVERS: dict[str, Callable[[], object]] = {
     "trioreactor": serve_trioreactor,
     "asyncio streams": lambda: asyncio.run(serve_asyncio()),
-    "uvloop streams": lambda: on_uvloop(serve_asyncio),
+    "uvloop streams": on_uvloop,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,442 @@
+/*
+ * The load generator: one thread, one epoll, so that a server is never measured against a client that
+ * is slower than itself. suite.py builds and runs it; load.py does the same in Python, where there is
+ * no C compiler, and is slower.
+ *
+ *     load KIND NAME=VALUE...
+ *
+ *     echo       `conns` connections, of which `active` keep `pipeline` messages of `size` bytes in
+ *                flight; framing=raw, length (four bytes in front) or line (answered by +PONG)
+ *     connect    `conns` at a time: connect, one message and its answer, close
+ *     sink       `conns` connections are written to, as fast as they take it
+ *     source     `conns` connections are read from
+ *     broadcast  one message of `size` bytes at a time, to `conns` connections
+ *     hold       `conns` connections, that do nothing: says "ready", and ends when stdin does
+ *
+ * All take port, pid (the server's, whose CPU time is read at both ends of the window), seconds and
+ * warmup. The result is one line of JSON.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EVENTS = 512, CHUNK = 1 << 18, BLOCK = 65536, PATIENCE_MS = 20000 };
+
+static const char PONG[] = "+PONG\r\n";
+
+static struct {
+    const char *kind, *framing;
+    long port, pid, conns, active, size, pipeline;
+    double seconds, warmup;
+} opt = {.framing = "raw", .conns = 1, .active = -1, .size = 64, .pipeline = 1,
+         .seconds = 1, .warmup = 0.2};
+
+struct conn {
+    int fd;
+    int index;        /* its place in its crowd */
+    long waiting;     /* bytes of the answer that have not come */
+    uint64_t begun;   /* when the request was sent, ns */
+};
+
+static int ep;
+static char scratch[CHUNK];
+
+/* The window: counted and timed only inside it. */
+static uint32_t *samples; /* ns / 10 */
+static size_t sample_count, sample_room;
+static uint64_t done;     /* requests, deliveries or bytes */
+
+static void fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "load: ");
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    exit(1);
+}
+
+static uint64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static double cpu_of(pid_t pid) {
+    clockid_t clock = CLOCK_PROCESS_CPUTIME_ID;
+    struct timespec t;
+    if (pid && clock_getcpuclockid(pid, &clock)) fail("no process %d", (int)pid);
+    if (clock_gettime(clock, &t)) fail("no CPU time of process %d", (int)pid);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static void note(uint64_t began) {
+    if (sample_count == sample_room) {
+        sample_room = sample_room ? 2 * sample_room : 1 << 16;
+        samples = realloc(samples, sample_room * sizeof *samples);
+        if (!samples) fail("out of memory");
+    }
+    uint64_t tens = (now() - began) / 10;
+    samples[sample_count++] = tens > UINT32_MAX ? UINT32_MAX : (uint32_t)tens;
+}
+
+static int by_value(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Microseconds. */
+static double percentile(double share) {
+    if (!sample_count) return 0;
+    size_t at = (size_t)((double)sample_count * share);
+    return samples[at < sample_count ? at : sample_count - 1] / 100.0;
+}
+
+static int open_socket(int flags) {
+    int fd = socket(AF_INET, SOCK_STREAM | flags, 0), one = 1;
+    if (fd < 0) fail("socket: %s", strerror(errno));
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    return fd;
+}
+
+static struct sockaddr_in server_address(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)opt.port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    return address;
+}
+
+static void set_blocking(int fd, int blocking) {
+    fcntl(fd, F_SETFL, blocking ? 0 : O_NONBLOCK);
+}
+
+static void watch(struct conn *c, uint32_t events) {
+    struct epoll_event event = {.events = events, .data.ptr = c};
+    if (epoll_ctl(ep, EPOLL_CTL_ADD, c->fd, &event)) fail("epoll_ctl: %s", strerror(errno));
+}
+
+static struct conn *connect_all(void) {
+    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
+    struct sockaddr_in address = server_address();
+    struct timeval patience = {.tv_sec = PATIENCE_MS / 1000};
+    if (!conns) fail("out of memory");
+    for (long i = 0; i < opt.conns; i++) {
+        conns[i].fd = open_socket(0);
+        conns[i].index = (int)i;
+        setsockopt(conns[i].fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        if (connect(conns[i].fd, (struct sockaddr *)&address, sizeof address))
+            fail("connect: %s", strerror(errno));
+    }
+    return conns;
+}
+
+static void send_whole(int fd, const char *data, size_t size) {
+    while (size) {
+        ssize_t n = send(fd, data, size, MSG_NOSIGNAL);
+        if (n < 0 && errno == EAGAIN) continue;
+        if (n <= 0) fail("send: %s", strerror(errno));
+        data += n;
+        size -= (size_t)n;
+    }
+}
+
+/* Reads once; how many bytes came, 0 if none has. */
+static size_t receive(int fd) {
+    ssize_t n = recv(fd, scratch, sizeof scratch, 0);
+    if (!n) fail("the server closed a connection");
+    if (n < 0 && errno != EAGAIN) fail("recv: %s", strerror(errno));
+    return n < 0 ? 0 : (size_t)n;
+}
+
+/* Runs `step` on ready connections until `until`, or while `more` says so after that. */
+static void run(uint64_t until, void (*step)(struct conn *, uint32_t), int (*more)(void)) {
+    struct epoll_event events[EVENTS];
+    while (more ? more() : now() < until) {
+        int n = epoll_wait(ep, events, EVENTS, more ? PATIENCE_MS : 100);
+        if (more && !n) fail("no answer within %d ms", PATIENCE_MS);
+        for (int i = 0; i < n; i++) step(events[i].data.ptr, events[i].events);
+    }
+}
+
+static void measure(void (*step)(struct conn *, uint32_t)) {
+    run(now() + (uint64_t)(opt.warmup * 1e9), step, NULL);
+    sample_count = 0;
+    done = 0;
+    double server = opt.pid ? cpu_of((pid_t)opt.pid) : 0, own = cpu_of(0);
+    uint64_t begun = now();
+    run(begun + (uint64_t)(opt.seconds * 1e9), step, NULL);
+    double seconds = (double)(now() - begun) / 1e9;
+    uint64_t count = done;
+    server = opt.pid ? cpu_of((pid_t)opt.pid) - server : 0;
+    own = cpu_of(0) - own;
+    qsort(samples, sample_count, sizeof *samples, by_value);
+    printf("{\"count\": %llu, \"seconds\": %.6f, \"server_cpu\": %.9f, \"load_cpu\": %.9f, "
+           "\"p50\": %.2f, \"p99\": %.2f}\n",
+           (unsigned long long)count, seconds, server, own, percentile(0.5), percentile(0.99));
+    fflush(stdout);
+}
+
+/* -- echo */
+
+static char *burst;
+static size_t burst_size;
+static long answer_size;
+static long in_flight;
+static int stopping;
+
+static void make_burst(void) {
+    size_t unit = (size_t)opt.size, head = 0;
+    int line = !strcmp(opt.framing, "line");
+    if (!strcmp(opt.framing, "length")) head = 4;
+    burst_size = (unit + head) * (size_t)opt.pipeline;
+    burst = malloc(burst_size);
+    if (!burst) fail("out of memory");
+    for (long i = 0; i < opt.pipeline; i++) {
+        char *at = burst + (unit + head) * (size_t)i;
+        uint32_t length = htonl((uint32_t)unit);
+        if (head) memcpy(at, &length, 4);
+        /* Each another, so that a wrong order shows. */
+        memset(at + head, 'a' + (int)(i % 26), unit);
+        if (line) memcpy(at + unit - 2, "\r\n", 2);
+    }
+    answer_size = line ? (long)(sizeof PONG - 1) * opt.pipeline : (long)burst_size;
+}
+
+static void ask(struct conn *c) {
+    c->waiting = answer_size;
+    c->begun = now();
+    in_flight++;
+    send_whole(c->fd, burst, burst_size);
+}
+
+static void echo_step(struct conn *c, uint32_t events) {
+    (void)events;
+    c->waiting -= (long)receive(c->fd);
+    if (c->waiting > 0) return;
+    if (c->waiting < 0) fail("the server answered too much");
+    note(c->begun);
+    in_flight--;
+    done += (uint64_t)opt.pipeline;
+    if (!stopping) ask(c);
+}
+
+static int has_in_flight(void) { return in_flight > 0; }
+
+/* Once each, so that the server has all of them and does what it is measured for. */
+static void check_echo(struct conn *c) {
+    size_t got = 0;
+    char *answer = malloc((size_t)answer_size);
+    if (!answer) fail("out of memory");
+    send_whole(c->fd, burst, burst_size);
+    while (got < (size_t)answer_size) {
+        ssize_t n = recv(c->fd, answer + got, (size_t)answer_size - got, 0);
+        if (n <= 0) fail("no answer: %s", n ? strerror(errno) : "closed");
+        got += (size_t)n;
+    }
+    int right = strcmp(opt.framing, "line") ? !memcmp(answer, burst, burst_size)
+                                            : !memcmp(answer, PONG, sizeof PONG - 1);
+    if (!right) fail("a wrong answer");
+    free(answer);
+}
+
+static void echo(void) {
+    struct conn *conns = connect_all();
+    make_burst();
+    if (opt.active < 0 || opt.active > opt.conns) opt.active = opt.conns;
+    for (long i = 0; i < opt.conns; i++) {
+        check_echo(&conns[i]);
+        set_blocking(conns[i].fd, 0);
+    }
+    /* The active ones are spread among the others. */
+    for (long i = 0; i < opt.active; i++) watch(&conns[i * (opt.conns / opt.active)], EPOLLIN);
+    for (long i = 0; i < opt.active; i++) ask(&conns[i * (opt.conns / opt.active)]);
+    measure(echo_step);
+    /* To close with an answer unread would be a reset. */
+    stopping = 1;
+    run(0, echo_step, has_in_flight);
+}
+
+/* -- connect */
+
+static void begin(struct conn *c) {
+    struct sockaddr_in address = server_address();
+    c->fd = open_socket(SOCK_NONBLOCK);
+    c->waiting = -1; /* not connected */
+    c->begun = now();
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS)
+        fail("connect: %s", strerror(errno));
+    watch(c, EPOLLOUT | EPOLLIN | EPOLLET);
+}
+
+static void connect_step(struct conn *c, uint32_t events) {
+    if (c->waiting < 0) {
+        if (!(events & EPOLLOUT)) return;
+        c->waiting = (long)burst_size;
+        send_whole(c->fd, burst, burst_size);
+        return;
+    }
+    c->waiting -= (long)receive(c->fd);
+    if (c->waiting) return;
+    close(c->fd);
+    note(c->begun);
+    done++;
+    if (!stopping) begin(c);
+    else in_flight--;
+}
+
+static void connects(void) {
+    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
+    if (!conns) fail("out of memory");
+    make_burst();
+    in_flight = opt.conns;
+    for (long i = 0; i < opt.conns; i++) begin(&conns[i]);
+    measure(connect_step);
+    stopping = 1;
+    run(0, connect_step, has_in_flight);
+}
+
+/* -- bulk, one way */
+
+static char block[BLOCK];
+
+static void sink_step(struct conn *c, uint32_t events) {
+    (void)events;
+    ssize_t n = send(c->fd, block, sizeof block, MSG_NOSIGNAL);
+    if (n < 0 && errno != EAGAIN) fail("send: %s", strerror(errno));
+    if (n > 0) done += (uint64_t)n;
+}
+
+static void source_step(struct conn *c, uint32_t events) {
+    (void)events;
+    done += receive(c->fd);
+}
+
+static void bulk(int writing) {
+    struct conn *conns = connect_all();
+    for (long i = 0; i < opt.conns; i++) {
+        set_blocking(conns[i].fd, 0);
+        watch(&conns[i], writing ? EPOLLOUT : EPOLLIN);
+    }
+    measure(writing ? sink_step : source_step);
+}
+
+/* -- broadcast */
+
+static struct conn *crowd;
+static uint64_t sent_at;
+static long to_come; /* deliveries of the message that is on its way */
+static long turn;
+static int counting;
+
+static void say(void) {
+    /* Each client in its turn. */
+    struct conn *sender = &crowd[turn++ % opt.conns];
+    for (long i = 0; i < opt.conns; i++) crowd[i].waiting = opt.size;
+    to_come = opt.conns;
+    sent_at = now();
+    send_whole(sender->fd, burst, burst_size);
+}
+
+static void broadcast_step(struct conn *c, uint32_t events) {
+    (void)events;
+    c->waiting -= (long)receive(c->fd);
+    if (c->waiting > 0) return;
+    if (c->waiting < 0) fail("a message too many");
+    if (counting) note(sent_at);
+    done++;
+    if (!--to_come && !stopping) say();
+}
+
+static int has_to_come(void) { return to_come > 0; }
+
+/* Says something until everybody hears it: then the server has them all. */
+static void meet(void) {
+    struct epoll_event events[EVENTS];
+    for (int attempt = 0; attempt < 100; attempt++) {
+        long heard = 0;
+        int n;
+        send_whole(crowd[opt.conns - 1].fd, burst, burst_size);
+        while ((n = epoll_wait(ep, events, EVENTS, 200)) > 0)
+            for (int i = 0; i < n; i++)
+                heard += (long)receive(((struct conn *)events[i].data.ptr)->fd);
+        if (heard == opt.conns * opt.size) return;
+    }
+    fail("the server does not broadcast to all");
+}
+
+static void broadcast(void) {
+    opt.framing = "raw";
+    opt.pipeline = 1;
+    make_burst();
+    burst[burst_size - 1] = '\n';
+    crowd = connect_all();
+    for (long i = 0; i < opt.conns; i++) {
+        set_blocking(crowd[i].fd, 0);
+        watch(&crowd[i], EPOLLIN);
+    }
+    meet();
+    counting = 1;
+    say();
+    measure(broadcast_step);
+    stopping = 1;
+    run(0, broadcast_step, has_to_come);
+}
+
+static void hold(void) {
+    struct conn *conns = connect_all();
+    make_burst();
+    for (long i = 0; i < opt.conns; i++) check_echo(&conns[i]);
+    puts("ready");
+    fflush(stdout);
+    while (getchar() != EOF) {
+    }
+}
+
+static void parse(int argc, char **argv) {
+    if (argc < 2) fail("load KIND NAME=VALUE...: see the head of load.c");
+    opt.kind = argv[1];
+    for (int i = 2; i < argc; i++) {
+        char *value = strchr(argv[i], '=');
+        if (!value) fail("%s: pass NAME=VALUE", argv[i]);
+        *value++ = 0;
+        if (!strcmp(argv[i], "framing")) opt.framing = value;
+        else if (!strcmp(argv[i], "port")) opt.port = atol(value);
+        else if (!strcmp(argv[i], "pid")) opt.pid = atol(value);
+        else if (!strcmp(argv[i], "conns")) opt.conns = atol(value);
+        else if (!strcmp(argv[i], "active")) opt.active = atol(value);
+        else if (!strcmp(argv[i], "size")) opt.size = atol(value);
+        else if (!strcmp(argv[i], "pipeline")) opt.pipeline = atol(value);
+        else if (!strcmp(argv[i], "seconds")) opt.seconds = atof(value);
+        else if (!strcmp(argv[i], "warmup")) opt.warmup = atof(value);
+        else fail("%s: no such name", argv[i]);
+    }
+    if (opt.port < 1 || opt.conns < 1 || opt.size < 2 || opt.pipeline < 1)
+        fail("port, conns and pipeline must be at least 1, size at least 2");
+}
+
+int main(int argc, char **argv) {
+    struct rlimit files;
+    parse(argc, argv);
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    ep = epoll_create1(0);
+    if (!strcmp(opt.kind, "echo")) echo();
+    else if (!strcmp(opt.kind, "connect")) connects();
+    else if (!strcmp(opt.kind, "sink")) bulk(1);
+    else if (!strcmp(opt.kind, "source")) bulk(0);
+    else if (!strcmp(opt.kind, "broadcast")) broadcast();
+    else if (!strcmp(opt.kind, "hold")) hold();
+    else fail("%s: no such kind", opt.kind);
+    return 0;
+}

@@ -1,0 +1,104 @@
+"""The plain trio peer: `python trio_peer.py streams WORK`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+import trio
+from common import (
+    BLOCK,
+    Answer,
+    FramingError,
+    answer_frames,
+    answer_lines,
+    listening_socket,
+    main,
+    whole_lines,
+)
+
+Handler = Callable[[trio.SocketStream], Awaitable[object]]
+
+
+def serve(handler: Handler) -> None:
+    async def guarded(stream: trio.SocketStream) -> None:
+        # What leaves a handler ends the whole server.
+        with suppress(trio.BrokenResourceError, FramingError):
+            await handler(stream)
+
+    async def serve_listener() -> None:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening_socket()))
+        await trio.serve_listeners(guarded, [listener])
+
+    trio.run(serve_listener)
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    async for chunk in stream:
+        await stream.send_all(chunk)
+
+
+async def converse(answer: Answer, stream: trio.SocketStream) -> None:
+    rest = b""
+    async for chunk in stream:
+        answers, rest = answer(rest + chunk)
+        if answers:
+            await stream.send_all(answers)
+
+
+async def sink(stream: trio.SocketStream) -> None:
+    async for _ in stream:
+        pass
+
+
+async def source(stream: trio.SocketStream) -> None:
+    while True:
+        await stream.send_all(BLOCK)
+
+
+# Only one task may send on a stream at one time.
+clients: dict[trio.SocketStream, trio.Lock] = {}
+
+
+async def broadcast(lines: bytes) -> None:
+    for stream, lock in list(clients.items()):
+        # Sending is a checkpoint; an acquire for each client would be one more.
+        try:
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await lock.acquire()
+        try:
+            await stream.send_all(lines)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # Its own task hears of it, too.
+            clients.pop(stream, None)
+        finally:
+            lock.release()
+
+
+async def chat(stream: trio.SocketStream) -> None:
+    clients[stream] = trio.Lock()
+    rest = b""
+    try:
+        async for chunk in stream:
+            lines, rest = whole_lines(rest + chunk)
+            if lines:
+                await broadcast(lines)
+    finally:
+        clients.pop(stream, None)
+
+
+if __name__ == "__main__":
+    main(
+        {
+            "streams": {
+                "echo": lambda: serve(echo),
+                "lines": lambda: serve(partial(converse, answer_lines)),
+                "framed": lambda: serve(partial(converse, answer_frames)),
+                "sink": lambda: serve(sink),
+                "source": lambda: serve(source),
+                "broadcast": lambda: serve(chat),
+            }
+        }
+    )
