@@ -39,7 +39,7 @@ newest_python() {
 
 # virtualenv PURPOSE [EXTRA]: prints the Python of the virtualenv .venv-PURPOSE-<minor version>, in
 # which this package is installed, editable, with the extra. It is made by $PYTHON, or else by the
-# newest Python, and made again when that, pyproject.toml or the checkout's place has changed.
+# newest Python, and made again when that, pyproject.toml, the version or the checkout's place has changed.
 # To be called from the top of the checkout.
 virtualenv() {
     _base=${PYTHON:-}
@@ -52,6 +52,7 @@ virtualenv() {
         echo "${2:-}"
         "$_base" -c 'import sys; print(sys.version, sys.executable)'
         cat pyproject.toml
+        grep '^__version__' trioreactor/__init__.py
     ) || return 1
     # Written last, so that an interrupted installation is not taken for a whole one.
     if [ "$_made_from" != "$(cat "$_dir/made-from" 2>/dev/null)" ]; then
