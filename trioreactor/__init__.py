@@ -40,7 +40,7 @@ from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     # servers
