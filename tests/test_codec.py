@@ -667,3 +667,26 @@ def test_a_line_without_end_is_searched_once() -> None:
     # What was searched is remembered.
     assert buffer._scan == (b"\n", 0, 1000)
     assert messages == [b"one"]
+
+
+def test_a_mixin_may_decode() -> None:
+    """Whichever class a `decode` comes from, messages that are taken together are decoded by it."""
+
+    class Upper:
+        """Decodes what the next class decodes, in capitals."""
+
+        def decode(self, buffer: Buffer) -> Any:
+            message = super().decode(buffer)  # type: ignore[misc]
+            return message.upper() if isinstance(message, bytes) else message
+
+    class UpperCodec(Upper, LengthHeaderCodec):
+        """Both."""
+
+    class Further(UpperCodec):
+        """And one that has nothing of its own."""
+
+    for codec in (UpperCodec(), Further()):
+        messages: list[bytes] = []
+        buffer = Buffer(codec.encode(b"one") + codec.encode(b"two"))
+        assert codec.decode_into(buffer, messages, 9)
+        assert messages == [b"ONE", b"TWO"]

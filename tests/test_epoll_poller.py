@@ -275,3 +275,33 @@ async def test_a_wake_up_from_a_burst_of_calls() -> None:
         assert calls == list(range(100))
     left.force_close()
     right.force_close()
+
+
+async def test_a_number_taken_again_before_its_events_are_handled() -> None:
+    """Events that were found beside a wake-up are not those of a new owner of the descriptor."""
+    closing, theirs = await unix_pair()
+    waiting, other = await unix_pair()
+    spare, spares = socket.socketpair()
+    taken: list[TcpConnection] = []
+
+    async def take_its_number() -> None:
+        await waiting.receive_some()
+        number = closing._sock.fileno()
+        closing.force_close()
+        sock = spare.dup()
+        assert sock.fileno() == number
+        sock.setblocking(False)
+        taken.append(TcpConnection.from_socket(sock, local_address="", peer_address=""))
+
+    with spare, spares:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_its_number)
+            await settled()
+            # Both are found at once.
+            theirs._sock.shutdown(socket.SHUT_WR)
+            other.send(b"go")
+        (conn,) = taken
+        assert not conn.peer_closed
+        assert not conn._read.channel.readable
+        for one in (conn, theirs, waiting, other):
+            one.force_close()

@@ -30,6 +30,7 @@ from trioreactor import (
     Buffer,
     CloseReason,
     Codec,
+    FixedLengthCodec,
     FramedChannel,
     FrameTooLarge,
     Heartbeat,
@@ -261,6 +262,42 @@ async def test_sends_cost_no_switch_each() -> None:
             await channel.send(b"x")
     assert steps.count == 100
     await channel.aclose()
+
+
+async def test_sends_between_receives_cost_no_switch_each() -> None:
+    """O: also while further messages wait to be received, each 64th gives the others their turn."""
+    conn, sock = simulated()
+    channel = FramedChannel(conn, CODEC)
+    sock.peer_sends(frames(b"first", b"second"))
+    assert await channel.receive() == b"first"
+    with Steps() as steps:
+        for _ in range(6400):
+            await channel.send(b"x")
+    assert steps.count == 100
+    await channel.aclose()
+
+
+async def test_what_a_codec_encodes_into_is_its_own() -> None:
+    """One that encodes into the same bytearray each time sends what it was at each."""
+
+    class Reusing(FixedLengthCodec):
+        """The bytes of every message are the same object's."""
+
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.encoded = bytearray(1)
+
+        def encode(self, message: bytes) -> bytes:
+            self.encoded[:] = message
+            return self.encoded  # type: ignore[return-value]
+
+    conn, sock = simulated()
+    channel = FramedChannel(conn, Reusing())
+    sock.peer_sends(b"1234")
+    for _ in range(4):
+        await channel.send(await channel.receive())
+    await channel.aclose()
+    assert sock.output == b"1234"
 
 
 async def test_only_heartbeats_in_a_turn(make_pair: MakePair) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 
 from tests.conftest import tcp_streams
+from tests.simulated import simulated
 from trioreactor import TcpConnection, TcpServer
 
 
@@ -73,6 +75,44 @@ def test_inside_send(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             conn.force_close()
             await trio.aclose_forcefully(right)
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+
+
+def broadcast(conn: TcpConnection, data: bytes) -> None:
+    """To one that has nothing queued."""
+    TcpServer(receive, 0).broadcast(data, to=[conn])
+
+
+def uncork(conn: TcpConnection, data: bytes) -> None:
+    """What was gathered goes."""
+    conn.cork()
+    conn.send(data)
+    conn.uncork()
+
+
+@pytest.mark.parametrize("send", [TcpConnection.send, broadcast, uncork])
+def test_no_hole_in_the_stream(
+    send: Callable[[TcpConnection, bytes], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B: an interrupt right after the kernel has taken a part does not lose the rest."""
+
+    async def main() -> None:
+        conn, sock = simulated(room=10)
+        real = sock.send
+
+        def interrupted(data: bytes) -> int:
+            sent = real(data)
+            signal.raise_signal(signal.SIGINT)
+            return sent
+
+        monkeypatch.setattr(sock, "send", interrupted)
+        with suppress(KeyboardInterrupt):
+            send(conn, b"a" * 100)
+        statistics = conn.statistics()
+        assert (statistics.bytes_sent, statistics.buffered) == (10, 90)
+        conn.force_close()
 
     with pytest.raises(KeyboardInterrupt):
         trio.run(main)

@@ -435,3 +435,28 @@ def test_json_as_long_as_allowed() -> None:
     assert codec.decode(Buffer(json.dumps("x" * 98).encode() + b"\n")) == "x" * 98
     with pytest.raises(FrameTooLarge):
         codec.decode(Buffer(json.dumps("x" * 99).encode() + b"\n"))
+
+
+@pytest.mark.parametrize("codec", [DelimiterCodec(b"--", max_frame=10**6), LineCodec(None)])
+def test_waiting_for_an_end_costs_linear_time(
+    codec: Codec[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S: also where messages are taken together, what has been searched is not searched again."""
+    looked = 0
+
+    class Counting(bytearray):
+        """Counts the bytes that a search for something that is not there looks at."""
+
+        def find(self, *args: Any) -> int:
+            nonlocal looked
+            looked += len(self) - (args[1] if len(args) > 1 else 0)
+            return super().find(*args)
+
+    buffer = Buffer()
+    for _ in range(600):
+        buffer.append(b"x" * 100)
+        data, _, _ = buffer.window()
+        if not isinstance(data, Counting):
+            monkeypatch.setattr(buffer, "_data", Counting(data))
+        assert codec.decode_into(buffer, [], 32)
+    assert looked < 3 * 60_000

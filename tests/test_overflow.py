@@ -769,6 +769,30 @@ async def test_broadcast_counts_who_took_it(overflow: Overflow) -> None:
     assert server.broadcast(message(3), to=[conn]) == 0
 
 
+@dropping
+async def test_a_broadcast_that_no_buffer_can_hold(overflow: Overflow) -> None:
+    """To one that has nothing queued it is left out as to one that has: nobody is closed for it."""
+    conn, sock = simulated(watermarks=MARKS, room=10)
+    drops: list[int] = []
+    server = TcpServer(print, 0, overflow=overflow, on_drop=lambda _, n: drops.append(n))  # type: ignore[arg-type]
+    assert server.broadcast(bytes(LIMIT + 1), to=[conn]) == 0
+    assert (drops, sock.output, conn.state) == ([1], b"", ConnectionState.CONNECTED)
+    conn.force_close()
+
+
+async def test_a_broadcast_of_which_nothing_is_written_may_be_dropped() -> None:
+    """Though it was the first in the queue, and was offered to a kernel that was full."""
+    conn, sock = simulated(watermarks=MARKS, room=0)
+    server = TcpServer(print, 0, overflow="drop_oldest")  # type: ignore[arg-type]
+    for i in range(9):
+        assert server.broadcast(message(i), to=[conn]) == 1
+    assert conn.statistics().dropped == 1
+    sock.peer_takes(LIMIT)
+    await trio.testing.wait_all_tasks_blocked()
+    assert sock.output == b"".join(message(i) for i in range(1, 9))
+    conn.force_close()
+
+
 async def test_without_on_drop() -> None:
     """It need not be given: the counters tell, too."""
     left, right = await tcp_pair(watermarks=Watermarks(high=1000, low=0, limit=70000))

@@ -8,6 +8,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -19,6 +20,8 @@ from trioreactor import CloseReason, ReceiveBufferFull, TcpConnection, Timeouts,
 from trioreactor.buffer import Buffer
 from trioreactor.default_poller import current_poller
 from trioreactor.read_half import RECEIVE_SIZE
+
+MakePair = Callable[..., Awaitable[Pair]]
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -596,3 +599,51 @@ async def test_a_send_of_another_task_meets_the_reset() -> None:
             while True:
                 right.send(b"x")
     assert right.close_reason is CloseReason.PEER_RESET
+
+
+@pytest.mark.parametrize("options", [{}, {"watermarks": Watermarks(receive_limit=None)}])
+async def test_a_callback_with_attributes_of_its_own(
+    make_pair: MakePair, options: dict[str, Any]
+) -> None:
+    """Whatever names an object that is a callback has, they mean nothing to us."""
+
+    class Chat:
+        room = "lobby"
+        at_eof = "bye"
+
+        def __call__(self, conn: TcpConnection, buffer: Buffer) -> None:
+            conn.send(buffer.take())
+
+    peer, conn = await make_pair(**options)
+    async with peer, conn, trio.open_nursery() as nursery:
+        nursery.start_soon(conn.dispatch, Chat())
+        peer.send(b"hello")
+        assert await peer.receive_some() == b"hello"
+        await peer.send_eof()
+
+
+async def test_a_second_reader_between_a_wake_up_and_its_turn() -> None:
+    """Whoever comes second is told so; the first one, or that one, has the input."""
+    conn, sock = simulated()
+    results: list[object] = []
+
+    async def receive() -> None:
+        try:
+            results.append(await conn.receive_some())
+        except trio.BusyResourceError as error:
+            results.append(type(error))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        # The event itself, for the poller's own turn is one of those that come in any order.
+        sock.input += b"one"
+        conn._read.channel.readable = True
+        conn._read.on_readable()
+        nursery.start_soon(receive)
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        sock.peer_sends(b"two")
+        await trio.testing.wait_all_tasks_blocked()
+        conn.force_close()
+    assert sorted(map(str, results)) == sorted(map(str, [b"one", b"two", trio.BusyResourceError]))

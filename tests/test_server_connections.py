@@ -448,3 +448,97 @@ async def test_many_that_come_and_go_beside_each_other() -> None:
         closed = server.statistics().closed
         assert sum(closed.values()) == 90
         assert set(closed) <= {CloseReason.PEER_EOF, CloseReason.PEER_RESET, CloseReason.FORCED}
+
+
+# -- at its end
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_newcomer_in_the_turn_of_a_cancellation(turns: int) -> None:
+    """C, F, T: whichever task has its turn first, no connection outlives `serve`."""
+    for _ in range(20):
+        async with no_leaks():
+            server = server_of()
+            async with trio.open_nursery() as nursery:
+                (acceptor,) = await nursery.start(server.serve)
+                await trio.testing.wait_all_tasks_blocked()
+                client = connect(acceptor.address)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            assert not server.connections
+            client.socket.close()
+            counters = server.statistics()
+            assert counters.opened == sum(counters.closed.values())
+
+
+async def test_write_complete_where_data_and_eof_come_together() -> None:
+    """It is called before the close, as where a task closes."""
+    complete: list[str] = []
+    callbacks = Callbacks(message=echo, write_complete=lambda conn: complete.append(conn.name))
+    async with serving(TcpServer(callbacks, 0, host="127.0.0.1")) as address:
+        for i in range(5):
+            async with connect(address) as client:
+                # Both are there when it is accepted.
+                await client.send_all(b"hello")
+                await client.send_eof()
+                assert await everything(client) == b"hello"
+            await until(lambda i=i: len(complete) == i + 1)  # type: ignore[misc]
+
+
+async def test_closing_all_by_the_mapping() -> None:
+    """One that is force-closed leaves the mapping later, whatever it was at."""
+    server = server_of(lambda conn, buffer: None)
+    async with no_leaks(), serving(server) as address, trio.open_nursery() as nursery:
+        clients = [connect(address) for _ in range(3)]
+        await until(lambda: len(server.connections) == 3)
+        for conn in server.connections.values():
+            conn.stop_reading()
+            nursery.start_soon(conn.wait_eof)
+        await trio.testing.wait_all_tasks_blocked()
+        for client in clients:
+            client.socket.close()
+        await until(lambda: all(conn.at_eof for conn in server.connections.values()))
+        for conn in server.connections.values():
+            conn.force_close()
+        await until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_a_server_that_is_closed_by_its_first_connection(drains: bool) -> None:
+    """Those that were to be accepted with it are not, and nothing else happens."""
+
+    def up(conn: TcpConnection) -> None:
+        server.close()
+
+    server = server_of(connection=up)
+    async with no_leaks(), serving(server) as address:
+        await trio.testing.wait_all_tasks_blocked()
+        clients = [connect(address) for _ in range(3)]
+        if drains:
+            report = await server.drain(1)
+            assert report.forced == ()
+        for client in clients:
+            # Closed, or reset in the backlog.
+            with suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b""
+            client.socket.close()
+    assert server.statistics().opened == 1
+
+
+async def test_one_context_from_up_to_down() -> None:
+    """What "up" has set "down" sees, though the connection ended in between without a message."""
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="unset")
+    seen: list[str] = []
+
+    def connection(conn: TcpConnection) -> None:
+        seen.append(name.get())
+        name.set("set")
+        if conn.state is ConnectionState.CONNECTED:
+            conn.force_close()
+
+    async with serving(server_of(connection=connection)) as address:
+        async with connect(address) as client:
+            assert await client.receive_some() == b""
+        await until(lambda: len(seen) == 2)
+    assert seen == ["unset", "set"]

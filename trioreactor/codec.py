@@ -51,9 +51,13 @@ class Codec(ABC, Generic[T]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "decode" in vars(cls) and "decode_into" not in vars(cls):
-            # A faster way that is inherited would pass the new `decode` by.
-            cls.decode_into = Codec.decode_into  # type: ignore[method-assign]
+        for base in cls.__mro__:
+            if "decode_into" in vars(base):
+                break
+            if "decode" in vars(base):
+                # A faster way that is inherited would pass this `decode` by.
+                cls.decode_into = Codec.decode_into  # type: ignore[method-assign]
+                break
 
     def __init__(self, max_frame: int) -> None:
         check_max_frame(type(self).__name__, max_frame)

@@ -92,6 +92,9 @@ class EpollPoller(Poller, trio.abc.Instrument):
     def _watch(self, channel: Channel) -> None:
         self._epoll.register(channel.fd, _EVERYTHING)
         self._by_fd[channel.fd] = channel
+        if self._found:
+            # What was found for a former owner of this number is not for this one.
+            self._found = [event for event in self._found if event[0] != channel.fd]
 
     def _unwatch(self, channel: Channel) -> None:
         del self._by_fd[channel.fd]
@@ -129,9 +132,7 @@ class EpollPoller(Poller, trio.abc.Instrument):
         for fd, mask in events:
             channel = by_fd.get(fd)
             if channel is None:
-                # The wake-up, or a channel that an earlier event of this round closed. If its
-                # number was taken again at once, the new owner sees a spurious event: a read that
-                # finds nothing.
+                # The wake-up, or a channel that was closed since the event was found.
                 continue
             self._take(channel, mask)
         return bool(events)

@@ -185,18 +185,18 @@ class FramedChannel(trio.abc.Channel[T]):
         await trio.lowlevel.checkpoint_if_cancelled()
         data = self._codec.encode(value)
         conn = self.conn
+        self._sends += 1
         if self._messages and conn.gathered(data):
             # Most answers. There will be more, and with the last of them these leave.
             self._corked = True
-            return  # noqa: ASYNC910 others have their turn between batches
-        if not conn.takes(len(data)):
-            conn.uncork()
-            await conn.wait_uncongested(len(data))
-        if not conn.fits(len(data)):
-            await conn.send_all(data)
-            return
-        self._put(data)
-        self._sends += 1
+        else:
+            if not conn.takes(len(data)):
+                conn.uncork()
+                await conn.wait_uncongested(len(data))
+            if not conn.fits(len(data)):
+                await conn.send_all(data)
+                return
+            self._put(data)
         if self._sends % _SENDS_PER_TURN == 0:
             # Not to be cancelled: the message is on its way.
             await trio.lowlevel.cancel_shielded_checkpoint()

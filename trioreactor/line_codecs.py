@@ -44,22 +44,25 @@ class DelimiterCodec(Codec[bytes]):
     def decode_into(self, buffer: Buffer, messages: list[bytes], most: int) -> bool:
         """As `decode`, so many times, in one go."""
         delimiter, size = self._delimiter, len(self._delimiter)
+        # The buffer remembers how far it has searched for the end of the first.
+        first = buffer.find(delimiter)
+        if first < 0:
+            return self.decode(buffer) is NEED_MORE
         data, begin, end = buffer.window()
-        at = begin
+        at, found = begin, begin + first
         try:
             for _ in range(most):
-                found = data.find(delimiter, at, end)
                 if found < 0:
                     break
                 if found - at > self.max_frame:
                     raise self._too_large()
                 messages.append(bytes(data[at:found]))
                 at = found + size
+                found = data.find(delimiter, at, end)
             else:
                 return False
         finally:
             buffer.discard(at - begin)
-        # Of what has no end yet, the buffer remembers how far it was searched.
         return self.decode(buffer) is NEED_MORE
 
     def _too_large(self) -> FrameTooLarge:

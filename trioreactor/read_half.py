@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVarTuple
 
 import trio
 
+from trioreactor.codec import MessageDelivery
 from trioreactor.connection_callbacks import OnEnd, OnMessage, call_on_message
 from trioreactor.errors import ReceiveBufferFull
 from trioreactor.half_owner import GONE
@@ -99,12 +100,11 @@ class ReadHalf(UnreadInput):
             raise ValueError(f"receive_some({max_bytes}): pass at least 1 byte, or None")
         if self._task is not None or self._on_end is not None:
             self._begin()
-        waited = False
+        self._interrupted = waited = False
         while True:
             if self._closed:
                 raise self._ending.error()
             if self._interrupted:
-                self._interrupted = False
                 return b""  # noqa: ASYNC910 it waited
             if (self.channel.readable and self.reading) or self.buffer.size or self.eof:
                 if not waited:
@@ -119,6 +119,9 @@ class ReadHalf(UnreadInput):
             else:
                 if not self.channel.read_armed:
                     self.channel.want_read()
+                if self._task is not None:
+                    # It came between our wake-up and our turn.
+                    self._begin()
                 self._task = trio.lowlevel.current_task()
                 self.channel.park()
                 await trio.lowlevel.wait_task_rescheduled(self._abort)
@@ -126,7 +129,8 @@ class ReadHalf(UnreadInput):
 
     def interrupt(self) -> None:
         """Let a `receive_some` that waits give b"", though there is no EOF."""
-        if self._task is not None and self._on_message is None:
+        if self._on_message is None:
+            # Also where it has been woken, and may find nothing. The next one does not hear of it.
             self._interrupted = True
             self._wake()
 
@@ -211,7 +215,8 @@ class ReadHalf(UnreadInput):
     def _start(self, conn: object, on_message: OnMessage, context: contextvars.Context) -> None:
         self._on_message = on_message
         if self._receive_limit is not None:
-            self._limit = max(self._receive_limit, getattr(on_message, "room", 0))
+            room = on_message.room if isinstance(on_message, MessageDelivery) else 0
+            self._limit = max(self._receive_limit, room)
         self._conn = conn
         self._context = context
         self._begin_reading()
@@ -220,9 +225,8 @@ class ReadHalf(UnreadInput):
         """Raise what a dispatch that has ended has to raise."""
         if self._error is not None:
             raise self._error
-        at_eof = getattr(on_message, "at_eof", None)
-        if at_eof is not None and self.eof:
-            at_eof(self.buffer)
+        if self.eof and isinstance(on_message, MessageDelivery):
+            on_message.at_eof(self.buffer)
 
     def _let_go(self) -> None:
         """Nothing of a dispatch may hold on to anything: each would be a cycle."""

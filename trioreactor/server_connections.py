@@ -35,6 +35,8 @@ class ServerConnections:
         self._nursery: trio.Nursery
         # The handler, where connections need no task.
         self._callbacks: Callbacks | None = None
+        # Somebody sees to those without a task.
+        self._held_open = False
         self._living: dict[str, TcpConnection] = {}
         # No more will be entered.
         self._ending = False
@@ -60,6 +62,7 @@ class ServerConnections:
             if type(handler).__call__ is not Callbacks.__call__:
                 return
             self._callbacks = handler
+            self._held_open = True
             nursery.start_soon(self._hold_open)
 
     async def _hold_open(self) -> None:  # noqa: ASYNC910 a task of its own
@@ -68,6 +71,8 @@ class ServerConnections:
             while self._living or not self._ending:
                 await self._empty.park()
         finally:
+            # The accept task may be past its last checkpoint, and still enter some.
+            self._held_open = False
             for conn in self.living():
                 conn.force_close(CloseReason.CANCELLED)
 
@@ -75,7 +80,7 @@ class ServerConnections:
         """Serve *conn* from now on."""
         self._living[conn.name] = conn
         self.counters.opened += 1
-        if self._callbacks is not None:
+        if self._callbacks is not None and self._held_open:
             self._dispatch(conn, self._callbacks)
         else:
             self._start_task(conn, self._handler)
@@ -96,23 +101,34 @@ class ServerConnections:
 
     def _dispatch(self, conn: TcpConnection, callbacks: Callbacks) -> None:
         def begin() -> None:
-            callbacks.begin(conn)
-            conn.dispatch_nowait(callbacks.message, self._dispatched)
+            try:
+                callbacks.begin(conn)
+            except BaseException as error:  # noqa: ASYNC103 its task raises it
+                self._dispatched(conn, error)
+                return  # noqa: ASYNC104 as above
+            try:
+                conn.dispatch_nowait(callbacks.message, self._dispatched)
+            except trio.ClosedResourceError as error:
+                # It was closed when it was told that it is up.
+                self._dispatched(conn, error)
 
-        try:
-            # Each has a context of its own, as tasks have.
-            contextvars.copy_context().run(begin)
-        except BaseException as error:  # noqa: ASYNC103 its task raises it
-            self._dispatched(conn, error)
+        # Each has a context of its own, as tasks have.
+        contextvars.copy_context().run(begin)
 
     def _dispatched(self, conn: TcpConnection, error: BaseException | None) -> None:
         """There is no more input for the callbacks."""
-        assert self._callbacks is not None
-        if error is None and self._callbacks.connection is None and conn.close_at_eof():
+        callbacks = self._callbacks
+        assert callbacks is not None
+        # A callback that is due is called soon, and not after a close.
+        nobody_is_told = callbacks.connection is None and callbacks.write_complete is None
+        # One that is being closed is not to leave the mapping at once: whoever closes it may be at
+        # going through that.
+        closed = conn.state is ConnectionState.DISCONNECTED
+        if error is None and nobody_is_told and not closed and conn.close_at_eof():
             self._forget(conn)
         else:
             # What is left to do may take its time, or raise.
-            self._start_task(conn, partial(self._callbacks.finish, error=error))
+            self._start_task(conn, partial(callbacks.finish, error=error))
 
     async def _run(self, conn: TcpConnection, handler: Handler) -> None:  # noqa: ASYNC910 a task of its own
         """The whole life of a connection's task."""

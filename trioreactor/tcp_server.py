@@ -196,7 +196,8 @@ class TcpServer:
     def _accept(self, acceptor: Acceptor, most: int | None) -> bool:
         """Take up to *most* of those that wait (None: all). False if a limit says to wait."""
         for taken in count():
-            if taken == most:
+            # What is told of the one before may have closed the server.
+            if taken == most or (taken and self._ending):
                 break
             # The permit comes first, so that the limit is exact.
             obstacle = self._limiter.try_acquire()

@@ -9,7 +9,14 @@ import trio
 
 from trioreactor.errors import SendBufferFull
 from trioreactor.half_owner import GONE
-from trioreactor.send_buffer import ENTRY_OVERHEAD, Crossing, SendBuffer, bytes_view, kept
+from trioreactor.send_buffer import (
+    ENTRY_OVERHEAD,
+    Crossing,
+    Droppable,
+    SendBuffer,
+    bytes_view,
+    kept,
+)
 from trioreactor.sockets import broken
 
 if TYPE_CHECKING:
@@ -145,7 +152,8 @@ class WriteQueue:
             if self.notify_complete:
                 self._owner.on_write_complete()
             return True
-        self.enqueue(memoryview(data)[sent:])
+        # What may be dropped may be so until some of it is written.
+        self.enqueue(memoryview(data)[sent:] if sent else data)
         self._wait_for_room()
         return False
 
@@ -177,13 +185,17 @@ class WriteQueue:
             f"{buffer.limit}: when send() answers False, wait with wait_send_all_might_not_block()"
         )
 
+    @trio.lowlevel.enable_ki_protection
     def send_if_idle(self, data: bytes) -> bool | None:
-        """`send`, if nothing is queued and it may: whether it did, and None if something is queued.
+        """`send`, if nothing is queued and it may: whether it did, and None if something is queued
+        or may have to be dropped.
 
         For broadcasts, to whom this is what most connections need. `trio.BrokenResourceError` as
         from `send`.
         """
         if self.buffer.size or self.held is not None:
+            return None
+        if type(data) is Droppable and not self.buffer.can_ever_hold(len(data)):
             return None
         if not self._accepting:
             return False
@@ -202,11 +214,13 @@ class WriteQueue:
             self.cork()
         self._turn = turn
 
+    @trio.lowlevel.enable_ki_protection
     def gathered(self, data: bytes) -> bool:
         """`cork`, and send *data* if it can be gathered with what is so already, and crosses no
         mark. Whether it was sent.
         """
-        if not self._accepting:
+        # Others than bytes may be changed before they are written.
+        if not self._accepting or type(data) is not bytes:
             return False
         if not self.corked:
             self.cork()
@@ -226,6 +240,7 @@ class WriteQueue:
             self.corked = True
             self.channel.poller.call_soon(self.uncork)
 
+    @trio.lowlevel.enable_ki_protection
     def uncork(self) -> None:
         """Write what was gathered while `corked`. Never raises. Idempotent."""
         if not self.corked:
