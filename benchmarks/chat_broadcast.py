@@ -1,5 +1,5 @@
 """How long a chat server takes to bring a message to all its clients, and what CPU that costs:
-trioreactor beside the same server on asyncio's streams, in one run.
+trioreactor beside the same server on asyncio's streams, with and without uvloop, in one run.
 
 Now one client and now another sends a message, at even intervals, whether or not the ones before
 have arrived. The time runs from there to when the load is told that it can be received, for every
