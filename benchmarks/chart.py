@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +29,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     mpl.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
-    panels = [results["works"][name] for name in _PANELS if name in results["works"]]
+    works = {name: work for name, work in results["works"].items() if work["servers"]}
+    panels = [works[name] for name in _PANELS if name in works]
     if not panels:
-        panels = list(results["works"].values())[: len(_PANELS)]
+        panels = list(works.values())[: len(_PANELS)]
+    if not panels:
+        print("no chart: nothing was measured", file=sys.stderr)
+        return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     most = max(len(panel["servers"]) for panel in panels)

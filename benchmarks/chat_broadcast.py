@@ -23,6 +23,7 @@ import socket
 import statistics
 import struct
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,17 +185,14 @@ def main() -> None:
     server_core, load_core = two_cores()
     if load_core is not None:
         os.sched_setaffinity(0, {load_core})
-    servers = start_servers(PROGRAM, tuple(options.only or NAMES), server_core)
-    rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
-    try:
+    with ExitStack() as stack:
+        servers = start_servers(PROGRAM, options.only or NAMES, server_core, stack)
+        rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
         for _ in range(options.rounds):
             for server in servers:
                 rounds[server.name].append(
                     drive(server, options.clients, options.size, options.rate, options.seconds)
                 )
-    finally:
-        for server in servers:
-            server.stop()
 
     print(
         f"{options.size}-byte messages, {options.rate:g} a second, to {options.clients} clients "

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server_process import ServerProcess, started
+from redis_table import read_table
+from server_process import ServerProcess, first_line, on_core, started
 from works import Server, Work
 
 HERE = Path(__file__).parent
 
 # A load that is this busy may be what is measured, instead of the server.
 BUSY = 0.95
+
+# Seconds that a load may take longer than it is told to. It gives up by itself after 20 without an
+# answer, but redis-benchmark waits for ever.
+PATIENCE = 45.0
+
+# Of a process: for its connections, and for what it has open besides.
+_OTHER_DESCRIPTORS = 64
+
+# redis-benchmark's first run: it warms the server up, and tells how many requests take how long.
+_FIRST_REQUESTS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,59 +53,98 @@ class Round:
     """The part of its core that the load used."""
 
 
+@dataclass(frozen=True)
+class _RedisRun:
+    """What one run of redis-benchmark said, and what CPU it took."""
+
+    rate: float
+    p50: float
+    p99: float
+    server_cpu: float
+    load_cpu: float
+
+
 class Driver:
     """Builds what is written in C, starts servers and measures them."""
 
-    def __init__(self, build: Path, *, server_core: int | None, load_core: int | None) -> None:
+    def __init__(self, *, server_core: int | None, load_core: int | None) -> None:
         self._server_core = server_core
         self._load_core = load_core
         # Inherited by servers and load: one descriptor for each connection, and a few more.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        self.most_connections = most - 64
-        load = _built("load", build)
-        self._load = [str(load)] if load else [sys.executable, str(HERE / "load.py")]
-        self._floor = _built("floor", build)
-        self.redis_benchmark = shutil.which("redis-benchmark")
+        self.descriptors = sys.maxsize if most == resource.RLIM_INFINITY else most
         self.notes: list[str] = []
-        if load is None:
+        self.load_is_slow = False
+        try:
+            self._load = [_built("load")]
+        except RuntimeError as error:
+            self._load = [sys.executable, str(HERE / "load.py")]
+            self.load_is_slow = True
             self.notes.append(
-                "no C compiler: the load is made by Python, and may be the bottleneck"
+                f"{error}: the load is made by Python, which is too slow to saturate the servers; "
+                "a server that waits costs more for each request, so these figures compare with "
+                "no others, and no goal is judged by them"
             )
-        if self._floor is None:
-            self.notes.append("no C compiler: no floor")
+        self._floor: str | None = None
+        try:
+            self._floor = _built("floor")
+        except RuntimeError as error:
+            self.notes.append(f"{error}: no floor")
+        self.redis_benchmark = shutil.which("redis-benchmark")
         if self.redis_benchmark is None:
-            self.notes.append("no redis-benchmark: lines are pipelined by the suite's own load")
+            self.notes.append("no redis-benchmark: lines come from the suite's own load")
         if server_core is None:
             self.notes.append("one core only: servers and load share it")
 
-    def start(self, servers: Sequence[Server], work: Work) -> list[ServerProcess]:
-        """Those of *servers* that start, ready for *work*."""
-        return started([self._start(server, work) for server in servers if self._can(server)])
+    def can(self, work: Work) -> bool:
+        """Whether the descriptors suffice for its connections, of the server and of the load."""
+        return int(work.load["conns"]) + _OTHER_DESCRIPTORS <= self.descriptors
 
-    def _can(self, server: Server) -> bool:
-        return server.program != "floor" or self._floor is not None
+    def title(self, work: Work) -> str:
+        """The work's title, with the load that it got if that depends on the machine."""
+        if work.load["kind"] != "redis":
+            return work.title
+        load = "redis-benchmark" if self.redis_benchmark else "the suite's own load"
+        return f"{work.title}, by {load}"
 
-    def _start(self, server: Server, work: Work) -> ServerProcess:
-        program = (
-            [str(self._floor)]
-            if server.program == "floor"
-            else [sys.executable, str(HERE / "peers" / f"{server.program}.py")]
-        )
-        command = [*program, server.mode, work.serve]
-        return ServerProcess(server.name, command, self._server_core)
+    def start(self, servers: Sequence[Server], work: Work, stack: ExitStack) -> list[ServerProcess]:
+        """Those of *servers* that start, ready for *work*; *stack* ends them."""
+        commands: dict[str, list[str]] = {}
+        for server in servers:
+            if server.program != "floor":
+                program = [sys.executable, str(HERE / "peers" / f"{server.program}.py")]
+            elif self._floor is not None:
+                program = [self._floor]
+            else:
+                continue
+            commands[server.name] = [*program, server.mode, work.serve]
+        return started(commands, self._server_core, stack)
 
     def measure(self, server: ServerProcess, work: Work, *, seconds: float, warmup: float) -> Round:
-        """One round."""
+        """One round. `RuntimeError` or `OSError` if it gave nothing."""
         kind = work.load["kind"]
         if kind == "hold":
             return self._memory(server, work)
         if kind == "redis" and self.redis_benchmark is not None:
-            return self._redis(server, work, seconds=seconds)
+            found = self._redis(server, work, seconds=seconds)
+            if found is not None:
+                return found
+            self.redis_benchmark = None
+            note = "redis-benchmark is older than 6.2: lines come from the suite's own load"
+            self.notes.append(note)
+            print(note)
         load = dict(work.load)
         if kind == "redis":
             load |= {"kind": "echo", "framing": "line", "size": 6}
-        found = self._run_load(server, load, seconds=seconds, warmup=warmup)
+        return self._own_load(server, work, load, seconds=seconds, warmup=warmup)
+
+    def _own_load(
+        self, server: ServerProcess, work: Work, load: dict[str, Any], **times: float
+    ) -> Round:
+        found = self._run_load(server, load, **times)
+        if not found["count"]:
+            raise RuntimeError(f"{server.name}: nothing was answered")
         share = found["load_cpu"] / found["seconds"]
         rate = found["count"] / found["seconds"]
         if work.metric == "mb_per_s":
@@ -112,76 +162,96 @@ class Driver:
         kind = load.pop("kind")
         return [*self._load, kind, *(f"{name}={value}" for name, value in load.items())]
 
-    def _run_load(self, server: ServerProcess, load: dict[str, Any], **more: object) -> Any:
-        command = self._command(server, load, **more)
-        return json.loads(self._output(command, server))
+    def _run_load(self, server: ServerProcess, load: dict[str, Any], **times: float) -> Any:
+        command = self._command(server, load, **times)
+        return json.loads(self._output(command, server, sum(times.values())))
 
-    def _output(self, command: Sequence[str], server: ServerProcess) -> str:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=self._on_load_core,
-        )
+    def _output(self, command: Sequence[str], server: ServerProcess, seconds: float) -> str:
+        try:
+            result = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                preexec_fn=on_core(self._load_core),
+                timeout=seconds + PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"{server.name}: the load was not done after {seconds + PATIENCE:g} s"
+            ) from None
         if result.returncode:
             raise RuntimeError(f"{server.name}: {result.stderr.strip()}")
         return result.stdout
 
-    @property
-    def _on_load_core(self) -> Callable[[], None] | None:
-        core = self._load_core
-        return None if core is None else lambda: os.sched_setaffinity(0, {core})
-
-    def _redis(self, server: ServerProcess, work: Work, *, seconds: float) -> Round:
-        """As many requests as take about *seconds*, found by a run before."""
-        # Its first run warms the server up, too.
-        rate = self._redis_run(server, work, 20_000)[0]
-        requests = max(20_000, int(rate * seconds))
-        cpu, own = server.cpu_seconds(), _children_cpu()
-        rate, p50, p99 = self._redis_run(server, work, requests)
-        cpu, own = server.cpu_seconds() - cpu, _children_cpu() - own
+    def _redis(self, server: ServerProcess, work: Work, *, seconds: float) -> Round | None:
+        """As many requests as take about *seconds*; None where redis-benchmark is too old."""
+        first = self._redis_run(server, work, _FIRST_REQUESTS, seconds)
+        if first is None:
+            return None
+        pipeline = int(work.load["pipeline"])
+        # It also connects and asks for CONFIG, which is no part of a request: a run of one burst on
+        # each connection is taken off, with its requests.
+        few = int(work.load["conns"]) * pipeline
+        short = self._redis_run(server, work, few, seconds)
+        # Whole bursts, for it sends no others.
+        requests = max(_FIRST_REQUESTS, int(first.rate * seconds)) // pipeline * pipeline
+        long = self._redis_run(server, work, requests, seconds)
+        assert short is not None
+        assert long is not None
+        counted = requests - few
         return Round(
-            cpu_us=cpu / requests * 1e6,
-            rate=rate,
-            p50=p50,
-            p99=p99,
-            load_share=own / (requests / rate),
+            cpu_us=(long.server_cpu - short.server_cpu) / counted * 1e6,
+            rate=long.rate,
+            p50=long.p50,
+            p99=long.p99,
+            load_share=(long.load_cpu - short.load_cpu) / (counted / long.rate),
         )
 
     def _redis_run(
-        self, server: ServerProcess, work: Work, requests: int
-    ) -> tuple[float, float, float]:
-        """Requests a second, and the two percentiles in microseconds."""
+        self, server: ServerProcess, work: Work, requests: int, seconds: float
+    ) -> _RedisRun | None:
         assert self.redis_benchmark is not None
         command = [self.redis_benchmark, "-h", "127.0.0.1", "-p", str(server.port)]
         command += ["-c", str(work.load["conns"]), "-P", str(work.load["pipeline"])]
         command += ["-t", "ping_inline", "-n", str(requests), "--csv"]
-        out = self._output(command, server)
-        # What it says before its table (that there is no CONFIG) is no part of it.
-        table = out[out.index('"test"') :]
-        (row,) = csv.DictReader(io.StringIO(table))
-        milliseconds = [float(row[f"{p}_latency_ms"]) for p in ("p50", "p99")]
-        return float(row["rps"]), milliseconds[0] * 1000, milliseconds[1] * 1000
+        cpu, own = server.cpu_seconds(), _children_cpu()
+        table = read_table(self._output(command, server, seconds))
+        if table is None:
+            return None
+        cpu, own = server.cpu_seconds() - cpu, _children_cpu() - own
+        return _RedisRun(*table, server_cpu=cpu, load_cpu=own)
 
     def _memory(self, server: ServerProcess, work: Work) -> Round:
-        conns = min(int(work.load["conns"]), self.most_connections)
+        conns = int(work.load["conns"])
         # What the first connections bring about (code, pools) is not theirs.
         self._run_load(server, {"kind": "echo", "conns": 50}, seconds=0.1, warmup=0)
         before = server.resident_memory()
-        load = dict(work.load) | {"conns": conns}
-        with subprocess.Popen(
-            self._command(server, load),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=self._on_load_core,
-        ) as holder:
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(
+                self._command(server, dict(work.load)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                preexec_fn=on_core(self._load_core),
+            ) as holder,
+        ):
             assert holder.stdout is not None
-            if holder.stdout.readline() != "ready\n":
-                raise RuntimeError(f"{server.name}: does not hold {conns} connections")
-            return Round(memory=(server.resident_memory() - before) / conns)
+            try:
+                ready = first_line(holder.stdout, PATIENCE) == "ready\n"
+                memory = server.resident_memory() - before
+            except TimeoutError:
+                ready = False
+            finally:
+                holder.kill()
+            if not ready:
+                holder.wait()
+                errors.seek(0)
+                words = errors.read().decode().strip() or f"not within {PATIENCE:g} s"
+                raise RuntimeError(f"{server.name}: does not hold {conns} connections: {words}")
+            return Round(memory=memory / conns)
 
 
 def _children_cpu() -> float:
@@ -189,15 +259,27 @@ def _children_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _built(name: str, build: Path) -> Path | None:
-    """The C program *name*, or None if it cannot be built here."""
+def _built(name: str) -> str:
+    """Where the C program *name* can be run. `RuntimeError` says why it cannot be built here."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return None
-    program = build / name
-    command = [compiler, "-O2", "-o", str(program), str(HERE / f"{name}.c")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        print(f"{name}.c: {result.stderr.strip()}", file=sys.stderr)
-        return None
+        raise RuntimeError("no C compiler")
+    with tempfile.TemporaryDirectory() as directory:
+        built = Path(directory, name)
+        command = [compiler, "-O2", "-o", str(built), str(HERE / f"{name}.c")]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, preexec_fn=on_core(None)
+        )
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or ["without a word"]
+            # What follows the first error is often brought about by it.
+            told = next((line for line in lines if "error" in line), lines[-1])
+            raise RuntimeError(f"{Path(compiler).name} fails on {name}.c ({told})")
+        # Open, it can be run when the directory is gone: so nothing is left, however this ends.
+        program = f"/proc/{os.getpid()}/fd/{os.open(built, os.O_RDONLY)}"
+    try:
+        # It ends at once, for it is not told what to do.
+        subprocess.run([program], capture_output=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{name} cannot be run ({error.strerror})") from None
     return program

@@ -19,9 +19,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { EVENTS = 256, CHUNK = 65536, DESCRIPTORS = 65536 };
-
 static const char PONG[] = "+PONG\r\n";
+
+/* An answer is at most one for each byte of a read: all of it may be empty lines. Frames need less,
+   one that was begun before and what came after it. */
+enum { EVENTS = 256, CHUNK = 65536, DESCRIPTORS = 65536, ANSWER = CHUNK * (sizeof PONG - 1) };
 
 struct conn {
     size_t have;  /* of `data`: the beginning of a message */
@@ -31,7 +33,7 @@ struct conn {
 static struct conn conns[DESCRIPTORS];
 static int alive[DESCRIPTORS], alive_count; /* for broadcasts */
 static int ep;
-static char chunk[CHUNK], answer[2 * CHUNK];
+static char chunk[CHUNK], answer[ANSWER];
 static enum { ECHO, LINES, FRAMED, SINK, SOURCE, BROADCAST } work;
 
 static void drop(int fd) {

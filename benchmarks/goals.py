@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ PROTOCOL = "asyncio Protocol"
 STREAMS = "asyncio streams"
 UV_PROTOCOL = "uvloop Protocol"
 UV_STREAMS = "uvloop streams"
+# The loops that it is tried on; uvloop is not one of them.
 EASY = ("EasyNetwork on trio", "EasyNetwork on asyncio")
 
 
@@ -27,6 +28,23 @@ class Goal:
     key: str | None = None
     """What is compared; the work's own metric if None."""
     at_least: bool = False
+
+    def text(self) -> str:
+        """In one line."""
+        sign = ">=" if self.at_least else "<="
+        best = self.peers[0] if len(self.peers) == 1 else f"the best of {', '.join(self.peers)}"
+        key = f" {self.key}" if self.key else ""
+        return f"{self.work}{key}: {self.ours} {sign} {self.factor} x {best}"
+
+    def figures(self, work: Mapping[str, Any]) -> dict[str, float]:
+        """Of each server that is compared, where there is more than nothing."""
+        found = ((name, _figure(work, name, self.key)) for name in (self.ours, *self.peers))
+        return {name: value for name, value in found if value is not None}
+
+
+def _figure(work: Mapping[str, Any], server: str, key: str | None) -> float | None:
+    value = work["servers"].get(server, {}).get(key or work["metric"])
+    return value if value is not None and value > 0 else None
 
 
 def _goals() -> Iterable[Goal]:
@@ -70,35 +88,49 @@ def judged(works: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every goal that *works* can tell of: its text, the ratio found, and whether it is reached."""
     found: list[dict[str, Any]] = []
     for goal in GOALS:
-        work = works.get(goal.work)
-        if work is None:
+        figures = goal.figures(works[goal.work]) if goal.work in works else {}
+        if len(figures) <= len(goal.peers):
             continue
-        key = goal.key or work["metric"]
-        servers = work["servers"]
-        peers = [servers[name][key] for name in goal.peers if name in servers]
-        if goal.ours not in servers or not peers:
-            continue
-        ratio = servers[goal.ours][key] / (max(peers) if goal.at_least else min(peers))
+        ours = figures.pop(goal.ours)
+        best = max(figures.values()) if goal.at_least else min(figures.values())
+        ratio = ours / best
         reached = ratio >= goal.factor if goal.at_least else ratio <= goal.factor
-        sign = ">=" if goal.at_least else "<="
-        peer = goal.peers[0] if len(goal.peers) == 1 else f"the best of {', '.join(goal.peers)}"
-        text = f"{goal.work}{' p50' if goal.key else ''}: {goal.ours} {sign} {goal.factor} x {peer}"
-        found.append({"goal": text, "ratio": ratio, "reached": reached})
+        found.append({"goal": goal.text(), "ratio": ratio, "reached": reached})
     for many, few in GROWTH:
-        if many in works and few in works:
-            for ours in (DISPATCH, SEND, SEND_ALL):
-                cpu = [works[name]["servers"].get(ours, {}).get("cpu_us") for name in (many, few)]
-                if all(cpu):
-                    ratio = cpu[0] / cpu[1]
-                    text = f"{many}: {ours} <= {GROWTH_FACTOR} x its own {few}"
-                    reached = ratio <= GROWTH_FACTOR
-                    found.append({"goal": text, "ratio": ratio, "reached": reached})
+        for ours in (DISPATCH, SEND, SEND_ALL) if many in works and few in works else ():
+            cpu, alone = (_figure(works[name], ours, "cpu_us") for name in (many, few))
+            if cpu is not None and alone is not None:
+                ratio = cpu / alone
+                text = f"{many}: {ours} <= {GROWTH_FACTOR} x its own {few}"
+                reached = ratio <= GROWTH_FACTOR
+                found.append({"goal": text, "ratio": ratio, "reached": reached})
     return found
 
 
-def lines(found: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+def not_judged(works: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The goals whose work was measured, but not with all servers that they name: their text, and
+    those that are missing.
+    """
+    found: list[dict[str, Any]] = []
+    for goal in GOALS:
+        if goal.work in works:
+            figures = goal.figures(works[goal.work])
+            missing = [name for name in (goal.ours, *goal.peers) if name not in figures]
+            if missing:
+                found.append({"goal": goal.text(), "missing": missing})
+    return found
+
+
+def lines(
+    found: Sequence[Mapping[str, Any]], not_judged: Sequence[Mapping[str, Any]]
+) -> Iterable[str]:
     """The goals as text."""
-    yield ""
-    yield "goals"
+    if found:
+        yield ""
+        yield "goals"
     for goal in found:
         yield f"{'   ' if goal['reached'] else '!! '}{goal['ratio']:>6.2f}  {goal['goal']}"
+    if not_judged:
+        missing = dict.fromkeys(name for goal in not_judged for name in goal["missing"])
+        yield ""
+        yield f"not judged: {len(not_judged)} goals, for want of {', '.join(missing)}"

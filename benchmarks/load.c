@@ -1,17 +1,19 @@
 /*
  * The load generator: one thread, one epoll, so that a server is never measured against a client that
  * is slower than itself. suite.py builds and runs it; load.py does the same in Python, where there is
- * no C compiler, and is slower.
+ * no C compiler, and is too slow to saturate a server.
  *
  *     load KIND NAME=VALUE...
  *
- *     echo       `conns` connections, of which `active` keep `pipeline` messages of `size` bytes in
- *                flight; framing=raw, length (four bytes in front) or line (answered by +PONG)
+ *     echo       `conns` connections, of which `active` send `pipeline` messages of `size` bytes in
+ *                a burst, and the next burst when all of it is answered; framing=raw, length (four
+ *                bytes in front) or line (answered by +PONG)
  *     connect    `conns` at a time: connect, one message and its answer, close
  *     sink       `conns` connections are written to, as fast as they take it
  *     source     `conns` connections are read from
  *     broadcast  one message of `size` bytes at a time, to `conns` connections
- *     hold       `conns` connections, that do nothing: says "ready", and ends when stdin does
+ *     hold       `conns` connections, one after another, that do nothing once they were answered:
+ *                says "ready", and ends when stdin does
  *
  * All take port, pid (the server's, whose CPU time is read at both ends of the window), seconds and
  * warmup. The result is one line of JSON.
@@ -21,6 +23,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,7 +48,6 @@ static struct {
 
 struct conn {
     int fd;
-    int index;        /* its place in its crowd */
     long waiting;     /* bytes of the answer that have not come */
     uint64_t begun;   /* when the request was sent, ns */
 };
@@ -125,25 +127,33 @@ static void watch(struct conn *c, uint32_t events) {
     if (epoll_ctl(ep, EPOLL_CTL_ADD, c->fd, &event)) fail("epoll_ctl: %s", strerror(errno));
 }
 
-static struct conn *connect_all(void) {
-    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
+/* Blocking, but not for ever. */
+static int connected(void) {
     struct sockaddr_in address = server_address();
     struct timeval patience = {.tv_sec = PATIENCE_MS / 1000};
+    int fd = open_socket(0);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address))
+        fail("connect: %s", strerror(errno));
+    return fd;
+}
+
+static struct conn *connect_all(void) {
+    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
     if (!conns) fail("out of memory");
-    for (long i = 0; i < opt.conns; i++) {
-        conns[i].fd = open_socket(0);
-        conns[i].index = (int)i;
-        setsockopt(conns[i].fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-        if (connect(conns[i].fd, (struct sockaddr *)&address, sizeof address))
-            fail("connect: %s", strerror(errno));
-    }
+    for (long i = 0; i < opt.conns; i++) conns[i].fd = connected();
     return conns;
 }
 
 static void send_whole(int fd, const char *data, size_t size) {
     while (size) {
         ssize_t n = send(fd, data, size, MSG_NOSIGNAL);
-        if (n < 0 && errno == EAGAIN) continue;
+        if (n < 0 && errno == EAGAIN) {
+            struct pollfd room = {.fd = fd, .events = POLLOUT};
+            if (!poll(&room, 1, PATIENCE_MS)) fail("nothing is read within %d ms", PATIENCE_MS);
+            continue;
+        }
         if (n <= 0) fail("send: %s", strerror(errno));
         data += n;
         size -= (size_t)n;
@@ -233,13 +243,13 @@ static void echo_step(struct conn *c, uint32_t events) {
 static int has_in_flight(void) { return in_flight > 0; }
 
 /* Once each, so that the server has all of them and does what it is measured for. */
-static void check_echo(struct conn *c) {
+static void check_echo(int fd) {
     size_t got = 0;
     char *answer = malloc((size_t)answer_size);
     if (!answer) fail("out of memory");
-    send_whole(c->fd, burst, burst_size);
+    send_whole(fd, burst, burst_size);
     while (got < (size_t)answer_size) {
-        ssize_t n = recv(c->fd, answer + got, (size_t)answer_size - got, 0);
+        ssize_t n = recv(fd, answer + got, (size_t)answer_size - got, 0);
         if (n <= 0) fail("no answer: %s", n ? strerror(errno) : "closed");
         got += (size_t)n;
     }
@@ -254,7 +264,7 @@ static void echo(void) {
     make_burst();
     if (opt.active < 0 || opt.active > opt.conns) opt.active = opt.conns;
     for (long i = 0; i < opt.conns; i++) {
-        check_echo(&conns[i]);
+        check_echo(conns[i].fd);
         set_blocking(conns[i].fd, 0);
     }
     /* The active ones are spread among the others. */
@@ -286,7 +296,8 @@ static void connect_step(struct conn *c, uint32_t events) {
         return;
     }
     c->waiting -= (long)receive(c->fd);
-    if (c->waiting) return;
+    if (c->waiting > 0) return;
+    if (c->waiting < 0) fail("the server answered too much");
     close(c->fd);
     note(c->begun);
     done++;
@@ -393,9 +404,10 @@ static void broadcast(void) {
 }
 
 static void hold(void) {
-    struct conn *conns = connect_all();
     make_burst();
-    for (long i = 0; i < opt.conns; i++) check_echo(&conns[i]);
+    /* One after another: a server that has to take thousands at once needs memory for that, which
+       it keeps, and which is not theirs. */
+    for (long i = 0; i < opt.conns; i++) check_echo(connected());
     puts("ready");
     fflush(stdout);
     while (getchar() != EOF) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -29,6 +30,11 @@ _PACKAGES = (
 )
 
 
+def system() -> str:
+    """The kernel's name and the first two numbers of its version; the rest is the machine's own."""
+    return " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())])
+
+
 def machine() -> dict[str, Any]:
     """What this was measured on."""
     model = platform.processor()
@@ -41,7 +47,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": system(),
         "virtual": "hypervisor" in cpuinfo.read_text() if cpuinfo.exists() else None,
         "python": platform.python_version(),
     }
@@ -58,18 +64,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary(work: Work, rounds: Mapping[str, Sequence[Round]]) -> dict[str, Any]:
-    """One work's medians, and our ratios to every server."""
+def summary(work: Work, rounds: Mapping[str, Sequence[Round]], *, title: str) -> dict[str, Any]:
+    """One work's medians, and our ratios to every server of which there is more than nothing."""
     servers = {name: {"rounds": len(own), **_medians(own)} for name, own in rounds.items() if own}
     return {
-        "title": work.title,
+        "title": title,
         "metric": work.metric,
         "servers": servers,
         "ratios": {
             ours: {
                 name: servers[ours][work.metric] / server[work.metric]
                 for name, server in servers.items()
-                if name != ours
+                if name != ours and server[work.metric] > 0
             }
             for ours in OURS
             if ours in servers
@@ -99,9 +105,13 @@ def table(found: Mapping[str, Any]) -> Iterable[str]:
     columns = [METRICS[metric]]
     if timed:
         columns += ["requests/s", "p50 us", "p99 us"]
-    columns += [f"{ours.split()[-1]} /" for ours in OURS if ours in servers]
+    ratios = [f"{ours.split()[-1]} /" for ours in OURS if ours in servers]
+    columns += ratios
     yield ""
     yield found["title"]
+    if not servers:
+        yield "(nothing was measured)"
+        return
     yield f"{'server':24}" + "".join(f"{column:>{max(12, len(column) + 2)}}" for column in columns)
     widths = [max(12, len(column) + 2) for column in columns]
     for name, server in servers.items():
@@ -115,7 +125,10 @@ def table(found: Mapping[str, Any]) -> Iterable[str]:
         row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         busy = server.get("load_share", 0) > BUSY and metric == "cpu_us"
         yield f"{name:24}{row}{'  (load at its limit)' if busy else ''}"
-    if metric in _MORE_IS_BETTER:
+    if ratios:
+        more = "more" if metric in _MORE_IS_BETTER else "less"
+        yield f"({', '.join(ratios)}: ours divided by this row; {more} is better)"
+    elif metric in _MORE_IS_BETTER:
         yield "(more is better)"
 
 

@@ -2,8 +2,9 @@
 
 Every server runs in a process of its own on one core, the load on another. The rounds are
 interleaved, so that a disturbance of the machine meets all, and medians are compared. What is
-compared is mostly the server's CPU time for each request, user and system: it does not depend on
-how fast the load is. README.md beside this file says more.
+compared is mostly the server's CPU time for each request, user and system, of a server that is
+saturated; one that is loaded in part costs more for each request, so a load that is too slow (that
+in Python, where there is no C compiler) tells of no goal. README.md beside this file says more.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
+import os
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import chart
 import goals
@@ -39,6 +43,20 @@ def _chosen(
     return chosen
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: pass 1 or more")
+    return number
+
+
+def _duration(text: str) -> float:
+    number = float(text)
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text}: pass more than 0 seconds")
+    return number
+
+
 def run_works(
     driver: Driver, works: Sequence[Work], servers: Sequence[Server], rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
@@ -47,21 +65,27 @@ def run_works(
     # What the memory of earlier connections left would make room for the next ones.
     fresh = works[0].load["kind"] == "hold"
     for _ in range(rounds if fresh else 1):
-        running = driver.start(servers, works[0])
-        try:
+        with ExitStack() as stack:
+            running = driver.start(servers, works[0], stack)
             for _ in range(1 if fresh else rounds):
                 for server in running:
                     for work in works:
                         try:
                             own = driver.measure(server, work, seconds=seconds, warmup=seconds / 4)
-                        except RuntimeError as error:
-                            print(f"{work.name}: a round is missing: {error}", file=sys.stderr)
+                        except (RuntimeError, OSError) as error:
+                            words = server.last_words()
+                            said = f"; it said: {words}" if words else ""
+                            text = f"{work.name}: a round is missing: {error}{said}"
+                            print(text, file=sys.stderr)
                         else:
                             found[work.name][server.name].append(own)
-        finally:
             for server in running:
-                server.stop()
-    return {work.name: report.summary(work, found[work.name]) for work in works}
+                if words := server.last_words():
+                    print(f"{works[0].name}: {server.name} said: {words}", file=sys.stderr)
+    return {
+        work.name: report.summary(work, found[work.name], title=driver.title(work))
+        for work in works
+    }
 
 
 def _groups(works: Sequence[Work]) -> Iterable[list[Work]]:
@@ -79,12 +103,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", action="append", metavar="PATTERN", help="may be repeated")
     parser.add_argument("--server", action="append", metavar="PATTERN", help="may be repeated")
-    parser.add_argument("--seconds", type=float, help="a round of one server")
-    parser.add_argument("--rounds", type=int, help="of each server (default: 11, quick: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found")
+    parser.add_argument("--seconds", type=_duration, help="a round of one server")
+    parser.add_argument("--rounds", type=_count, help="of each server (default: 11, quick: 5)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything found, after every work"
+    )
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw it: .svg or .png")
     parser.add_argument("--list", action="store_true", help="list works and servers")
     return parser
+
+
+def _write(results: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all: who is ended meanwhile keeps what was written before."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    beside.replace(path)
+
+
+def _ended(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
@@ -105,6 +142,8 @@ def main() -> int:
         print("\n".join(server.name for server in servers))
         return 0
     # Rather many short rounds than few long ones: a machine's moods last for seconds.
+    # As by Ctrl-C: what is half done is cleared away.
+    signal.signal(signal.SIGTERM, _ended)
     rounds = options.rounds or (5 if options.quick else 11)
     seconds = options.seconds or (0.15 if options.quick else 0.25)
     begun = time.monotonic()
@@ -116,19 +155,36 @@ def main() -> int:
         "works": {},
     }
     server_core, load_core = two_cores()
-    with tempfile.TemporaryDirectory() as build:
-        driver = Driver(Path(build), server_core=server_core, load_core=load_core)
-        results["notes"] = driver.notes
-        print("\n".join(report.head(results)))
-        for group in _groups(works):
-            for name, found in run_works(driver, group, servers, rounds, seconds).items():
-                results["works"][name] = found
-                print("\n".join(report.table(found)), flush=True)
-    results["goals"] = goals.judged(results["works"])
-    print("\n".join(goals.lines(results["goals"])))
+    driver = Driver(server_core=server_core, load_core=load_core)
+    if too_many := [work.name for work in works if not driver.can(work)]:
+        driver.notes.append(
+            f"left out, for a process may have only {driver.descriptors} descriptors "
+            f"(ulimit -n): {', '.join(too_many)}"
+        )
+    works = [work for work in works if driver.can(work)]
+    results["notes"] = driver.notes
+    results["load"] = "load.py" if driver.load_is_slow else "load.c"
+    if options.json:
+        try:
+            _write(results, options.json)
+        except OSError as error:
+            parser.error(f"--json: {error}")
+    print("\n".join(report.head(results)), flush=True)
+    for group in _groups(works):
+        for name, found in run_works(driver, group, servers, rounds, seconds).items():
+            results["works"][name] = found
+            print("\n".join(report.table(found)), flush=True)
+        if options.json:
+            _write(results, options.json)
+    if driver.load_is_slow:
+        print("\nno goal is judged, for the load was too slow")
+    else:
+        results["goals"] = goals.judged(results["works"])
+        results["goals_not_judged"] = goals.not_judged(results["works"])
+        print("\n".join(goals.lines(results["goals"], results["goals_not_judged"])))
     print(f"\n{time.monotonic() - begun:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        _write(results, options.json)
     if options.chart:
         chart.draw(results, options.chart)
     return 0

@@ -24,7 +24,8 @@ class Work:
     serve: str
     """What the server program is asked to do."""
     load: Mapping[str, str | int]
-    """What the load generator is told; its kind is "kind"."""
+    """What the load generator is told; its kind is "kind". On each connection a burst of "pipeline"
+    messages is sent, and when all of it is answered the next."""
     metric: Metric = "cpu_us"
     quick: bool = True
     """Whether ``--quick`` has it."""
@@ -56,20 +57,22 @@ WORKS = (
     _echo("echo-16k", "16 KiB echo, 20 connections", conns=20, size=16384),
     _echo(
         "pipelined",
-        "64-byte echo, 50 in flight on each of 20 connections",
+        "64-byte echo, bursts of 50, 20 connections",
         conns=20,
         size=64,
         pipeline=50,
     ),
     Work(
         name="lines",
-        title="lines answered by +PONG, redis-benchmark -P 16, 50 connections",
+        title="lines answered by +PONG, bursts of 16, 50 connections",
         serve="lines",
         load={"kind": "redis", "conns": 50, "pipeline": 16},
     ),
     Work(
         name="framed",
-        title="100-byte messages behind a length, 32 in flight on each of 20 connections",
+        # Those of the others who have no framing of their own do not pay for one.
+        title="100-byte messages behind a length, bursts of 32, 20 connections; "
+        "plain trio, gevent, the Protocols and the bare loops cut by hand",
         serve="framed",
         load={"kind": "echo", "framing": "length", "conns": 20, "size": 100, "pipeline": 32},
     ),
@@ -144,6 +147,7 @@ SERVERS = (
     Server(name="Twisted", program="twisted_peer", mode="protocol"),
     Server(name="Tornado", program="tornado_peer", mode="iostream"),
     Server(name="gevent", program="gevent_peer", mode="greenlets"),
+    # On uvloop it is not tried.
     Server(name="EasyNetwork on trio", program="easynetwork_peer", mode="trio"),
     Server(name="EasyNetwork on asyncio", program="easynetwork_peer", mode="asyncio"),
     Server(name="bare epoll, Python", program="bare_epoll_peer", mode="loop"),

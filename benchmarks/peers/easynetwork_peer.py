@@ -1,4 +1,7 @@
-"""The EasyNetwork peer: `python easynetwork_peer.py trio|asyncio WORK`."""
+"""The EasyNetwork peer: `python easynetwork_peer.py trio|asyncio WORK`.
+
+It is not tried on uvloop.
+"""
 
 from __future__ import annotations
 
