@@ -843,7 +843,7 @@ async def test_a_stall_is_one() -> None:
     """A peer that reads nothing is given one `write_stall`, and no more bytes at its end: the
     kernel would take some before it says that it has room.
     """
-    conn, peer = await tcp_pair(timeouts=Timeouts(write_stall=0.3))
+    conn, peer = await tcp_pair(timeouts=Timeouts(write_stall=0.8))
     async with peer, trio.open_nursery() as nursery:
 
         @nursery.start_soon
@@ -852,7 +852,8 @@ async def test_a_stall_is_one() -> None:
                 while True:
                     await conn.send_all(bytes(100_000))
 
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        # Longer than the kernel delays an ACK, after which it takes some more.
+        await trio.testing.wait_all_tasks_blocked(0.3)
         sent = conn.statistics().bytes_sent
         await conn.wait_closed()
         assert conn.close_reason is CloseReason.WRITE_STALLED

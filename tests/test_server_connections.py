@@ -526,6 +526,25 @@ async def test_a_server_that_is_closed_by_its_first_connection(drains: bool) -> 
     assert server.statistics().opened == 1
 
 
+async def test_a_peer_that_is_gone_when_it_is_up() -> None:
+    """O: what "up" meets of a peer that has reset is that connection's, and the server's nothing."""
+    met: list[str] = []
+
+    def up(conn: TcpConnection) -> None:
+        if conn.state is ConnectionState.CONNECTED:
+            with suppress(trio.BrokenResourceError):
+                conn.send(b"hello")
+            conn.shutdown()
+            met.append(conn.name)
+
+    async with serving(server_of(connection=up)) as address:
+        for _ in range(3):
+            reset(connect(address).socket)
+        await until(lambda: len(met) == 3)
+        async with connect(address) as client:
+            assert await everything(client) == b"hello"
+
+
 async def test_one_context_from_up_to_down() -> None:
     """What "up" has set "down" sees, though the connection ended in between without a message."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="unset")

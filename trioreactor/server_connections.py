@@ -108,8 +108,8 @@ class ServerConnections:
                 return  # noqa: ASYNC104 as above
             try:
                 conn.dispatch_nowait(callbacks.message, self._dispatched)
-            except trio.ClosedResourceError as error:
-                # It was closed when it was told that it is up.
+            except Exception as error:
+                # It was closed, or found to be broken, when it was told that it is up.
                 self._dispatched(conn, error)
 
         # Each has a context of its own, as tasks have.
