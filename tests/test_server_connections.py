@@ -527,7 +527,7 @@ async def test_a_server_that_is_closed_by_its_first_connection(drains: bool) -> 
 
 
 async def test_a_peer_that_is_gone_when_it_is_up() -> None:
-    """O: what "up" meets of a peer that has reset is that connection's, and the server's nothing."""
+    """O: what "up" meets of a peer that has reset ends that connection only."""
     met: list[str] = []
 
     def up(conn: TcpConnection) -> None:
