@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from works import METRICS, OURS
+from report import where
+from works import METRICS, MORE_IS_BETTER, OURS
 
 # What a reader compares first; others are in the tables.
 _PANELS = ("echo-50", "echo-500", "echo-16k", "framed", "connect", "broadcast")
@@ -48,7 +49,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         metric = panel["metric"]
         bars = sorted(
             ((server[metric], name) for name, server in panel["servers"].items()),
-            reverse=metric != "mb_per_s",
+            reverse=metric not in MORE_IS_BETTER,
         )
         names = [name for _, name in bars]
         values = [value for value, _ in bars]
@@ -63,12 +64,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.12)
-    where = results["machine"]
     figure.text(
         0.01,
         0.003,
-        f"{where['cpu']}, {where['cores']} cores; {where['system']}; Python {where['python']}; "
-        f"medians of {results['rounds']} interleaved rounds",
+        f"{where(results['machine'])}; medians of {results['rounds']} interleaved rounds",
         fontsize=7,
     )
     figure.tight_layout(rect=(0, 0.015, 1, 1))

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from driver import BUSY, Round
-from works import METRICS, OURS, Work
-
-# Works in which more is better.
-_MORE_IS_BETTER = {"mb_per_s"}
+from works import METRICS, MORE_IS_BETTER, OURS, Work
 
 _PACKAGES = (
     "trioreactor",
@@ -37,18 +34,14 @@ def system() -> str:
 
 def machine() -> dict[str, Any]:
     """What this was measured on."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+    path = Path("/proc/cpuinfo")
+    cpuinfo = path.read_text() if path.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*\S)", cpuinfo, re.MULTILINE)
     return {
-        "cpu": model,
+        "cpu": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "system": system(),
-        "virtual": "hypervisor" in cpuinfo.read_text() if cpuinfo.exists() else None,
+        "virtual": "hypervisor" in cpuinfo if cpuinfo else None,
         "python": platform.python_version(),
     }
 
@@ -105,40 +98,45 @@ def table(found: Mapping[str, Any]) -> Iterable[str]:
     columns = [METRICS[metric]]
     if timed:
         columns += ["requests/s", "p50 us", "p99 us"]
-    ratios = [f"{ours.split()[-1]} /" for ours in OURS if ours in servers]
+    ratios = [f"{ours.split()[-1]} /" for ours in found["ratios"]]
     columns += ratios
     yield ""
     yield found["title"]
     if not servers:
         yield "(nothing was measured)"
         return
-    yield f"{'server':24}" + "".join(f"{column:>{max(12, len(column) + 2)}}" for column in columns)
     widths = [max(12, len(column) + 2) for column in columns]
+    yield f"{'server':24}{_cells(columns, widths)}"
     for name, server in servers.items():
         cells = [f"{server[metric]:,.{0 if metric == 'memory' else 2}f}"]
         if timed:
             cells += [f"{server[key]:,.0f}" for key in ("rate", "p50", "p99")]
-        for ours in OURS:
-            if ours in servers:
-                ratio = found["ratios"][ours].get(name)
-                cells.append("" if ratio is None else f"{ratio:.2f}")
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for own in found["ratios"].values():
+            cells.append(f"{own[name]:.2f}" if name in own else "")
         busy = server.get("load_share", 0) > BUSY and metric == "cpu_us"
-        yield f"{name:24}{row}{'  (load at its limit)' if busy else ''}"
+        yield f"{name:24}{_cells(cells, widths)}{'  (load at its limit)' if busy else ''}"
     if ratios:
-        more = "more" if metric in _MORE_IS_BETTER else "less"
+        more = "more" if metric in MORE_IS_BETTER else "less"
         yield f"({', '.join(ratios)}: ours divided by this row; {more} is better)"
-    elif metric in _MORE_IS_BETTER:
+    elif metric in MORE_IS_BETTER:
         yield "(more is better)"
+
+
+def _cells(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def where(machine: Mapping[str, Any]) -> str:
+    """What this was measured on, in one line."""
+    return (
+        f"{machine['cpu']}{', virtual' if machine['virtual'] else ''}, {machine['cores']} cores; "
+        f"{machine['system']}; Python {machine['python']}"
+    )
 
 
 def head(results: Mapping[str, Any]) -> Iterable[str]:
     """What was measured, where and how."""
-    where = results["machine"]
-    yield (
-        f"{where['cpu']}{', virtual' if where['virtual'] else ''}, {where['cores']} cores; "
-        f"{where['system']}; Python {where['python']}"
-    )
+    yield where(results["machine"])
     yield ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     yield f"medians of {results['rounds']} interleaved rounds of {results['seconds']:g} s"
     yield from results["notes"]

@@ -141,9 +141,9 @@ def main() -> int:
             print(f"{work.name:14}{work.title}")
         print("\n".join(server.name for server in servers))
         return 0
-    # Rather many short rounds than few long ones: a machine's moods last for seconds.
     # As by Ctrl-C: what is half done is cleared away.
     signal.signal(signal.SIGTERM, _ended)
+    # Rather many short rounds than few long ones: a machine's moods last for seconds.
     rounds = options.rounds or (5 if options.quick else 11)
     seconds = options.seconds or (0.15 if options.quick else 0.25)
     begun = time.monotonic()

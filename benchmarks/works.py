@@ -14,6 +14,9 @@ METRICS: Mapping[Metric, str] = {
     "memory": "bytes a connection",
 }
 
+MORE_IS_BETTER = {"mb_per_s"}
+"""The metrics of which that is so; of the others less is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:

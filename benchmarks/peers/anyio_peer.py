@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
@@ -18,6 +19,7 @@ from common import (
     Works,
     announce,
     main,
+    works,
 )
 
 Handler = Callable[[SocketStream], Awaitable[object]]
@@ -103,19 +105,17 @@ async def chat(stream: SocketStream) -> None:
         clients.pop(stream, None)
 
 
-def works(backend: str) -> Works:
-    def serve(handler: Handler) -> Callable[[], None]:
-        return lambda: anyio.run(serve_listener, handler, backend=backend)
-
-    return {
-        "echo": serve(echo),
-        "lines": serve(lines),
-        "framed": serve(framed),
-        "sink": serve(sink),
-        "source": serve(source),
-        "broadcast": serve(chat),
-    }
+def works_on(backend: str) -> Works:
+    return works(
+        partial(anyio.run, serve_listener, backend=backend),
+        echo=echo,
+        lines=lines,
+        framed=framed,
+        sink=sink,
+        source=source,
+        broadcast=chat,
+    )
 
 
 if __name__ == "__main__":
-    main({"trio": works("trio"), "asyncio": works("asyncio")})
+    main({backend: works_on(backend) for backend in ("trio", "asyncio")})

@@ -24,6 +24,7 @@ from common import (
     listening_socket,
     main,
     whole_lines,
+    works,
 )
 
 Main = Callable[[], Coroutine[Any, Any, None]]
@@ -217,31 +218,27 @@ class Chat(Conversation):
 
 
 def stream_works(run: Run) -> Works:
-    def serve(handler: Handler) -> Callable[[], None]:
-        return lambda: run(partial(serve_streams, handler))
-
-    return {
-        "echo": serve(echo),
-        "lines": serve(lines),
-        "framed": serve(framed),
-        "sink": serve(sink),
-        "source": serve(source),
-        "broadcast": serve(chat),
-    }
+    return works(
+        lambda handler: run(partial(serve_streams, handler)),
+        echo=echo,
+        lines=lines,
+        framed=framed,
+        sink=sink,
+        source=source,
+        broadcast=chat,
+    )
 
 
 def protocol_works(run: Run) -> Works:
-    def serve(factory: Callable[[], asyncio.BaseProtocol]) -> Callable[[], None]:
-        return lambda: run(partial(serve_protocol, factory))
-
-    return {
-        "echo": serve(Echo),
-        "lines": serve(partial(Conversation, answer_lines)),
-        "framed": serve(partial(Conversation, answer_frames)),
-        "sink": serve(Sink),
-        "source": serve(Source),
-        "broadcast": serve(Chat),
-    }
+    return works(
+        lambda factory: run(partial(serve_protocol, factory)),
+        echo=Echo,
+        lines=partial(Conversation, answer_lines),
+        framed=partial(Conversation, answer_frames),
+        sink=Sink,
+        source=Source,
+        broadcast=Chat,
+    )
 
 
 if __name__ == "__main__":

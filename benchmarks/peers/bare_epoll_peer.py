@@ -19,6 +19,7 @@ from common import (
     listening_socket,
     main,
     whole_lines,
+    works,
 )
 
 # Level-triggered: edges cost more, for they come for reading and writing alike, and what is not
@@ -168,13 +169,14 @@ def serve(connect: Callable[[socket.socket, select.epoll], Connection]) -> None:
 if __name__ == "__main__":
     main(
         {
-            "loop": {
-                "echo": lambda: serve(Connection),
-                "lines": lambda: serve(partial(Conversation, answer_lines)),
-                "framed": lambda: serve(partial(Conversation, answer_frames)),
-                "sink": lambda: serve(Sink),
-                "source": lambda: serve(Source),
-                "broadcast": lambda: serve(Chat),
-            }
+            "loop": works(
+                serve,
+                echo=Connection,
+                lines=partial(Conversation, answer_lines),
+                framed=partial(Conversation, answer_frames),
+                sink=Sink,
+                source=Source,
+                broadcast=Chat,
+            )
         }
     )

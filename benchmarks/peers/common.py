@@ -6,6 +6,8 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
 
 BACKLOG = 4096
 """For every listening socket; the kernel cuts it to SOMAXCONN."""
@@ -47,6 +49,29 @@ def listening_socket() -> socket.socket:
 # -- the command line
 
 Works = Mapping[str, Callable[[], object]]
+
+T = TypeVar("T")
+
+
+def works(
+    serve: Callable[[T], object],
+    *,
+    echo: T,
+    lines: T,
+    framed: T,
+    sink: T,
+    source: T,
+    broadcast: T,
+) -> Works:
+    """Every work, for those that *serve* each by something of one kind."""
+    return {
+        "echo": partial(serve, echo),
+        "lines": partial(serve, lines),
+        "framed": partial(serve, framed),
+        "sink": partial(serve, sink),
+        "source": partial(serve, source),
+        "broadcast": partial(serve, broadcast),
+    }
 
 
 def main(modes: Mapping[str, Works]) -> None:

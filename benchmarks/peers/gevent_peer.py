@@ -19,6 +19,7 @@ from common import (
     listening_socket,
     main,
     whole_lines,
+    works,
 )
 from gevent.queue import SimpleQueue
 from gevent.server import StreamServer
@@ -112,13 +113,14 @@ def chat(sock: socket) -> None:
 if __name__ == "__main__":
     main(
         {
-            "greenlets": {
-                "echo": lambda: serve(echo),
-                "lines": lambda: serve(partial(converse, answer_lines)),
-                "framed": lambda: serve(partial(converse, answer_frames)),
-                "sink": lambda: serve(sink),
-                "source": lambda: serve(source),
-                "broadcast": lambda: serve(chat),
-            }
+            "greenlets": works(
+                serve,
+                echo=echo,
+                lines=partial(converse, answer_lines),
+                framed=partial(converse, answer_frames),
+                sink=sink,
+                source=source,
+                broadcast=chat,
+            )
         }
     )

@@ -17,6 +17,7 @@ from common import (
     FramingError,
     listening_socket,
     main,
+    works,
 )
 from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
 from tornado.tcpserver import TCPServer
@@ -115,13 +116,14 @@ def tell(stream: IOStream, line: bytes) -> None:
 if __name__ == "__main__":
     main(
         {
-            "iostream": {
-                "echo": lambda: serve(echo),
-                "lines": lambda: serve(lines),
-                "framed": lambda: serve(framed),
-                "sink": lambda: serve(sink),
-                "source": lambda: serve(source),
-                "broadcast": lambda: serve(chat),
-            }
+            "iostream": works(
+                serve,
+                echo=echo,
+                lines=lines,
+                framed=framed,
+                sink=sink,
+                source=source,
+                broadcast=chat,
+            )
         }
     )

@@ -16,6 +16,7 @@ from common import (
     listening_socket,
     main,
     whole_lines,
+    works,
 )
 
 Handler = Callable[[trio.SocketStream], Awaitable[object]]
@@ -92,13 +93,14 @@ async def chat(stream: trio.SocketStream) -> None:
 if __name__ == "__main__":
     main(
         {
-            "streams": {
-                "echo": lambda: serve(echo),
-                "lines": lambda: serve(partial(converse, answer_lines)),
-                "framed": lambda: serve(partial(converse, answer_frames)),
-                "sink": lambda: serve(sink),
-                "source": lambda: serve(source),
-                "broadcast": lambda: serve(chat),
-            }
+            "streams": works(
+                serve,
+                echo=echo,
+                lines=partial(converse, answer_lines),
+                framed=partial(converse, answer_frames),
+                sink=sink,
+                source=source,
+                broadcast=chat,
+            )
         }
     )

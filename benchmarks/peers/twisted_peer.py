@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
-from common import BACKLOG, BLOCK, BROADCAST_LIMIT, MAX_MESSAGE, PONG, announce, main
+from common import BACKLOG, BLOCK, BROADCAST_LIMIT, MAX_MESSAGE, PONG, announce, main, works
 from twisted.internet import epollreactor
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol, ServerFactory
@@ -129,13 +129,14 @@ class Chat(Lines):
 if __name__ == "__main__":
     main(
         {
-            "protocol": {
-                "echo": lambda: serve(Echo),
-                "lines": lambda: serve(Lines),
-                "framed": lambda: serve(Framed),
-                "sink": lambda: serve(Sink),
-                "source": lambda: serve(Source),
-                "broadcast": lambda: serve(Chat),
-            }
+            "protocol": works(
+                serve,
+                echo=Echo,
+                lines=Lines,
+                framed=Framed,
+                sink=Sink,
+                source=Source,
+                broadcast=Chat,
+            )
         }
     )
