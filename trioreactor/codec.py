@@ -29,8 +29,10 @@ class NeedMore(enum.Enum):
 NEED_MORE: Final = NeedMore.NEED_MORE
 """What `Codec.decode` answers when the buffer does not hold a whole message yet."""
 
-# In dispatch mode, messages that one connection is given before the others have their turn. At a
-# microsecond or two for each it is a turn of about the length that a read of 64 KiB takes.
+# Messages that one connection is given before the others have their turn. At a microsecond or two
+# for each it is a turn of about the length that a read of 64 KiB takes: of what is usually sent at
+# once, all, and few enough that one who is flooded delays the others by no more than they wait for
+# each other anyway. (scripts/soak tests/soak/test_burst.py)
 MESSAGES_PER_TURN = 32
 
 # More than any header, and what a read may have brought behind a message.
@@ -212,18 +214,16 @@ class MessageDelivery(Generic[T]):
         self._codec.check_end(buffer)
 
 
-class MappedCodec(Codec[U], Generic[U, T]):
-    """A codec around another one: see `Codec.map`."""
+class CodecOnFrames(Codec[U], Generic[U, T]):
+    """A codec whose messages are those of another, its *framing*, decoded one by one."""
 
-    __slots__ = ("_decode", "_encode", "_framing")
+    __slots__ = ("_framing",)
 
-    def __init__(
-        self, framing: Codec[T], encode: Callable[[U], T], decode: Callable[[T], U]
-    ) -> None:
-        super().__init__(framing.max_frame)
-        self._framing = framing
-        self._encode = encode
-        self._decode = decode
+    _framing: Codec[T]
+
+    @abstractmethod
+    def _decoded(self, frame: T) -> U:
+        """The message of *frame*."""
 
     def decode(self, buffer: Buffer) -> U | NeedMore:
         """What the framing gives, decoded."""
@@ -240,6 +240,24 @@ class MappedCodec(Codec[U], Generic[U, T]):
             for frame in frames:
                 messages.append(self._decoded(frame))
 
+    def check_end(self, buffer: Buffer) -> None:
+        """As the framing."""
+        self._framing.check_end(buffer)
+
+
+class MappedCodec(CodecOnFrames[U, T]):
+    """A codec around another one: see `Codec.map`."""
+
+    __slots__ = ("_decode", "_encode")
+
+    def __init__(
+        self, framing: Codec[T], encode: Callable[[U], T], decode: Callable[[T], U]
+    ) -> None:
+        super().__init__(framing.max_frame)
+        self._framing = framing
+        self._encode = encode
+        self._decode = decode
+
     def _decoded(self, frame: T) -> U:
         try:
             return self._decode(frame)
@@ -250,7 +268,3 @@ class MappedCodec(Codec[U], Generic[U, T]):
     def encode(self, message: U) -> bytes:
         """The encoded message in its frame."""
         return self._framing.encode(self._encode(message))
-
-    def check_end(self, buffer: Buffer) -> None:
-        """As the framing."""
-        self._framing.check_end(buffer)

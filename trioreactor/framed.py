@@ -10,18 +10,13 @@ from typing import TypeVar
 import trio
 
 from trioreactor.buffer import Buffer
-from trioreactor.codec import Codec, check_callback, check_codec, check_taken
+from trioreactor.codec import MESSAGES_PER_TURN, Codec, check_callback, check_codec, check_taken
 from trioreactor.errors import ProtocolError
 from trioreactor.exception_groups import twin, without_frames
 from trioreactor.heartbeat import Heartbeat, HeartbeatWatch, check_heartbeat
 from trioreactor.tcp_connection import TcpConnection
 
 T = TypeVar("T")
-
-# Messages that are decoded, and can be received, before the other tasks have their turn: of what is
-# usually sent at once, all, and few enough that one who is flooded delays the others by no more
-# than they wait for each other anyway. (scripts/soak tests/soak/test_burst.py)
-_RECEIVES_PER_TURN = 32
 
 # So many sends that did not have to wait are followed by a turn for the other tasks.
 _SENDS_PER_TURN = 64
@@ -126,7 +121,7 @@ class FramedChannel(trio.abc.Channel[T]):
         found: list[T] = []
         self._more = False
         try:
-            self._more = not self._codec.decode_into(buffer, found, _RECEIVES_PER_TURN)
+            self._more = not self._codec.decode_into(buffer, found, MESSAGES_PER_TURN)
         except ProtocolError as error:
             self._error = without_frames(error)
         if self._more:

@@ -6,7 +6,15 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from trioreactor.codec import NEED_MORE, Codec, MappedCodec, NeedMore, as_bytes, check_max_frame
+from trioreactor.codec import (
+    NEED_MORE,
+    Codec,
+    CodecOnFrames,
+    MappedCodec,
+    NeedMore,
+    as_bytes,
+    check_max_frame,
+)
 from trioreactor.errors import FrameTooLarge, ProtocolError
 from trioreactor.length_codecs import DEFAULT_MAX_FRAME
 
@@ -87,15 +95,15 @@ Text = TypeVar("Text", str, bytes)
 Ending = Literal["any", "\n", "\r\n"]
 
 
-class LineCodec(Codec[Text], Generic[Text]):
+class LineCodec(CodecOnFrames[Text, bytes], Generic[Text]):
     r"""Lines: messages of text in *encoding*, or of bytes if that is None.
 
     *ending* says what ends one: ``"\n"``, ``"\r\n"``, or ``"any"`` of the two, and then lines are
-    sent with ``"\n"``. *max_frame* counts bytes, without the ending. A last line without an ending
-    is an `IncompleteFrame`.
+    sent with ``"\n"``. *max_frame* counts bytes, without the ending. A line that is not in the
+    encoding is a `ProtocolError`, and a last one without an ending an `IncompleteFrame`.
     """
 
-    __slots__ = ("_any", "_encoding", "_frames")
+    __slots__ = ("_any", "_encoding")
 
     @overload
     def __init__(
@@ -139,36 +147,21 @@ class LineCodec(Codec[Text], Generic[Text]):
                 )
         self._encoding = encoding
         self._any = ending == "any"
-        self._frames = DelimiterCodec(
+        self._framing = lines = DelimiterCodec(
             b"\r\n" if ending == "\r\n" else b"\n", max_frame=max_frame + self._any
         )
-        self._frames.told = max_frame
+        lines.told = max_frame
 
-    def decode(self, buffer: Buffer) -> Text | NeedMore:
-        """The next line, without its ending. `ProtocolError` if it is not in the encoding."""
-        line = self._frames.decode(buffer)
-        return NEED_MORE if line is NEED_MORE else self._decoded(line)
-
-    def decode_into(self, buffer: Buffer, messages: list[Text], most: int) -> bool:
-        """As `decode`, so many times, in one go."""
-        lines: list[bytes] = []
-        try:
-            return self._frames.decode_into(buffer, lines, most)
-        finally:
-            # Those before an error come before it.
-            for line in lines:
-                messages.append(self._decoded(line))
-
-    def _decoded(self, line: bytes) -> Text:
+    def _decoded(self, frame: bytes) -> Text:
         if self._any:
-            if line.endswith(b"\r"):
-                line = line[:-1]
-            if len(line) > self.max_frame:
+            if frame.endswith(b"\r"):
+                frame = frame[:-1]
+            if len(frame) > self.max_frame:
                 raise FrameTooLarge(f"a line of more than {self.max_frame} bytes")
-        message: object = line
+        message: object = frame
         try:
             if self._encoding is not None:
-                message = line.decode(self._encoding)
+                message = frame.decode(self._encoding)
         except UnicodeError as error:
             raise ProtocolError(f"a line that is not {self._encoding}: {error}") from None
         return cast("Text", message)
@@ -190,7 +183,7 @@ class LineCodec(Codec[Text], Generic[Text]):
             raise ValueError(
                 f"a line of {len(line)} bytes, and at most {self.max_frame} are allowed"
             )
-        return self._frames.encode(line)
+        return self._framing.encode(line)
 
 
 class JsonLinesCodec(MappedCodec[Any, bytes]):
