@@ -100,9 +100,7 @@ class Buffer:
         start = self._start
         data = self._data
         if n is None or n == self.size:
-            self._data = b""
-            self._start = self.size = 0
-            self._scan = None
+            self._clear()
             return data if not start and type(data) is bytes else bytes(data[start:])
         if n < 0 or n > self.size:
             raise self._out_of_range(n)

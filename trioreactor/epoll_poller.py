@@ -156,6 +156,6 @@ class EpollPoller(Poller, trio.abc.Instrument):
     def _close(self) -> None:
         # Outside trio (a garbage-collected connection after the run) nobody waits for it.
         with suppress(RuntimeError):
-            trio.lowlevel.notify_closing(self._epoll.fileno())
+            trio.lowlevel.notify_closing(self._fd)
         self._epoll.close()
         os.close(self._wakeup)

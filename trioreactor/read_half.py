@@ -98,8 +98,7 @@ class ReadHalf(UnreadInput):
             max_bytes = RECEIVE_SIZE
         elif operator.index(max_bytes) < 1:
             raise ValueError(f"receive_some({max_bytes}): pass at least 1 byte, or None")
-        if self._task is not None or self._on_end is not None:
-            self._begin()
+        self._begin()
         self._interrupted = waited = False
         while True:
             if self._closed:
@@ -240,10 +239,7 @@ class ReadHalf(UnreadInput):
         channel = self.channel
         if on_message is None or not self.reading:
             if self._task is not None and self.reading:
-                task, self._task = self._task, None
-                channel.unpark()
-                channel.poller.woke = True
-                trio.lowlevel.reschedule(task)
+                self._wake()
             elif channel.failed or self._watching:
                 self._look_for_end()
             return
@@ -390,19 +386,20 @@ class ReadHalf(UnreadInput):
         """`aclose` has begun: whoever reads hears of it. Reading goes on only to discard."""
         self._closed = True
         self.reading = True
-        if self._on_message is not None:
-            self._finish(None)
-        else:
-            self._wake()
+        self._end_reader(None)
 
     def close(self, error: BaseException | None) -> None:
         """The socket is closed: wake whoever reads; a dispatch raises *error*. Idempotent."""
         self._closed = True
+        self._end_reader(error)
+        self._owner = GONE
+
+    def _end_reader(self, error: BaseException | None) -> None:
+        """A dispatch raises *error*; whoever receives looks by itself."""
         if self._on_message is not None:
             self._finish(error)
         else:
             self._wake()
-        self._owner = GONE
 
     def _wake(self) -> None:
         if self._task is not None:

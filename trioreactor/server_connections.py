@@ -57,10 +57,8 @@ class ServerConnections:
         self._nursery = nursery
         # Somebody else's does not know of those without a task, and would not end them with it.
         handler = self._handler
-        if own and isinstance(handler, Callbacks):
-            # Unless it serves in a way of its own.
-            if type(handler).__call__ is not Callbacks.__call__:
-                return
+        # Unless it serves in a way of its own.
+        if own and isinstance(handler, Callbacks) and type(handler).__call__ is Callbacks.__call__:
             self._callbacks = handler
             self._held_open = True
             nursery.start_soon(self._hold_open)

@@ -118,12 +118,7 @@ class WriteQueue:
         if not n:
             return not buffer.congested
         if self.corked:
-            if not buffer.size:
-                if self.held is None and n <= buffer.high:
-                    self.held = data if type(data) is bytes else kept(data)
-                    return True
-                self._queue_held()
-            if buffer.append_below(kept(data)):
+            if self._append_gathered(data if type(data) is bytes else kept(data), n):
                 return not buffer.congested
             # Gathering more would cross a mark that writing may yet avoid.
             if buffer.size:
@@ -224,15 +219,17 @@ class WriteQueue:
             return False
         if not self.corked:
             self.cork()
+        return bool(data) and self._append_gathered(data, len(data))
+
+    def _append_gathered(self, data: bytes | memoryview, n: int) -> bool:
+        """Put *data* with what is gathered already. False: that would cross a mark."""
         buffer = self.buffer
         if not buffer.size:
-            if self.held is None:
-                if not 0 < len(data) <= buffer.high:
-                    return False
+            if self.held is None and n <= buffer.high:
                 self.held = data
                 return True
             self._queue_held()
-        return bool(data) and buffer.append_below(data)
+        return buffer.append_below(data)
 
     def cork(self) -> None:
         """Gather what is sent, until `uncork` or the poller's next turn."""
