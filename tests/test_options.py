@@ -69,13 +69,13 @@ WRONG = [
     wrong(Watermarks, ValueError, "pass a limit of at least the high mark", limit=65535),
     *[
         case
-        for name in ("idle", "first_byte", "frame", "write_stall")
+        for name in ("idle", "first_byte", "frame", "write_stall", "handshake")
         for case in not_seconds(Timeouts, name, "more than 0")
     ],
     *not_seconds(Timeouts, "linger", "at least 0"),
     *[
         wrong(Timeouts, ValueError, "pass more than 0 seconds", **{name: 0})
-        for name in ("idle", "first_byte", "frame", "write_stall")
+        for name in ("idle", "first_byte", "frame", "write_stall", "handshake")
     ],
     *not_counts(Keepalive, "idle", "seconds"),
     *not_counts(Keepalive, "interval", "seconds"),
@@ -169,6 +169,7 @@ def test_defaults() -> None:
     assert marks.receive_limit == 1048576
     timeouts = Timeouts()
     assert timeouts.idle is timeouts.first_byte is timeouts.frame is timeouts.write_stall is None
+    assert timeouts.handshake == 10
     assert timeouts.linger == 2
     options = SocketOptions()
     assert options.no_delay is True
@@ -184,7 +185,7 @@ def test_defaults() -> None:
 def test_none_is_off() -> None:
     """Whatever can be turned off is turned off by None."""
     Watermarks(limit=None, receive_limit=None)
-    Timeouts(idle=None, first_byte=None, frame=None, write_stall=None, linger=None)
+    Timeouts(idle=None, first_byte=None, frame=None, write_stall=None, handshake=None, linger=None)
     SocketOptions(user_timeout=None, send_buffer=None, receive_buffer=None, backlog=None)
     Limits(connections=None, per_peer=None, accept_rate=None)
 

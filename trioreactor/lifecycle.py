@@ -66,10 +66,12 @@ class Lifecycle:
         poller: Poller,
         watermarks: Watermarks,
         timeouts: Timeouts,
+        *,
+        state: ConnectionState = ConnectionState.CONNECTED,
     ) -> None:
         self._sock = sock
         self.poller = poller
-        self.state = ConnectionState.CONNECTED
+        self.state = state
         # The trio stream, if there is one. Either our socket object is its socket's twin, on the
         # same descriptor, or the stream was built around our own object.
         self.stream = stream
@@ -95,7 +97,10 @@ class Lifecycle:
         self.draining: trio.Event | None = None
         # To be called when it drains; let go at the close.
         self.draining_callbacks: list[Callable[[TcpConnection], object]] | None = None
-        self.watches = Watches(self, timeouts)
+        opened = state is ConnectionState.CONNECTED
+        self.watches = Watches(self, timeouts, begin=opened)
+        if not opened:
+            self.write.hold()
 
     def expire(self, reason: CloseReason) -> None:
         """A deadline has passed."""
@@ -108,6 +113,18 @@ class Lifecycle:
         check_transition(TRANSITIONS, self.state, state)
         logger.debug("%s: %s -> %s", self.ending.name, self.state.name, state.name)
         self.state = state
+
+    def opened(self) -> None:
+        """Every handshake is done: the connection is its user's."""
+        self._become(ConnectionState.CONNECTED)
+        self.write.release()
+        self.watches.begin()
+
+    def not_opening(self) -> Exception:
+        """What to raise to somebody who would send in front of everything else."""
+        if self.state is ConnectionState.DISCONNECTED or self.ending.broken is not None:
+            return self.ending.error()
+        return RuntimeError(f"{self.ending.name} is open already: use send()")
 
     def close(self, reason: CloseReason, *, reset: bool = False) -> None:
         """Close the descriptor and wake everyone. Idempotent: the first reason stays."""

@@ -96,7 +96,8 @@ class Watermarks:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeouts:
     """Deadlines, in seconds: `idle`, `first_byte`, `frame` and `write_stall` for what a peer may
-    take its time for, each with a `CloseReason` of its own, and `linger` for closing.
+    take its time for, each with a `CloseReason` of its own, `handshake` for what comes before, and
+    `linger` for closing.
     """
 
     idle: float | None = None
@@ -112,13 +113,16 @@ class Timeouts:
     write_stall: float | None = None
     """Close with `CloseReason.WRITE_STALLED` when data is queued and the kernel has taken none of
     it for this long. (off: only the user knows how patient to be)"""
+    handshake: float | None = 10.0
+    """Close with `CloseReason.HANDSHAKE_FAILED` when what comes before the first byte of a
+    connection's own (TLS, a PROXY protocol header) takes longer than this. (Netty's)"""
     linger: float | None = 2.0
     """How long closing may wait for the peer: at most this long for each quarter of the high-water
     mark's worth of queued data to leave, and at most this long for the peer's own close after ours.
     (2 s: many round trips, few enough to hold a descriptor)"""
 
     def __post_init__(self) -> None:
-        for name in ("idle", "first_byte", "frame", "write_stall"):
+        for name in ("idle", "first_byte", "frame", "write_stall", "handshake"):
             check_seconds("Timeouts", name, getattr(self, name))
         check_seconds("Timeouts", "linger", self.linger, zero=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -15,6 +15,7 @@ from trioreactor.connection_counters import ConnectionCounters
 from trioreactor.exception_groups import lone
 from trioreactor.handler_errors import close_and_log, end_after
 from trioreactor.limits import ConnectionLimiter
+from trioreactor.opening import Opening, open_connection
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
 
@@ -24,11 +25,15 @@ class ServerConnections:
 
     A handler runs in a task for each connection. Callbacks need none while a connection lives, for
     the poller calls them: that is half the memory, and nearly half the cost of a connection that is
-    short. A task sees to its end, where that has to wait for something.
+    short. A task sees to its end, where that has to wait for something, and to an *opening*: what
+    comes before a connection is the handler's.
     """
 
-    def __init__(self, handler: Handler, limiter: ConnectionLimiter) -> None:
+    def __init__(
+        self, handler: Handler, limiter: ConnectionLimiter, opening: Opening | None
+    ) -> None:
         self._handler = handler
+        self._opening = opening
         # Has let each of them in.
         self._limiter = limiter
         # Where the tasks run, while serving.
@@ -78,19 +83,26 @@ class ServerConnections:
         """Serve *conn* from now on."""
         self._living[conn.name] = conn
         self.counters.opened += 1
-        if self._callbacks is not None and self._held_open:
+        if self._opening is not None:
+            self._start_task(conn, self._opening, self._open)
+        elif self._callbacks is not None and self._held_open:
             self._dispatch(conn, self._callbacks)
         else:
-            self._start_task(conn, self._handler)
+            self._start_task(conn, self._handler, self._run)
 
-    def _start_task(self, conn: TcpConnection, handler: Handler) -> None:
+    def _start_task(
+        self,
+        conn: TcpConnection,
+        handler: Handler,
+        run: Callable[[TcpConnection, Handler], Awaitable[None]],
+    ) -> None:
         conn.handler_scope = trio.CancelScope()
         try:
             if isinstance(self._nursery, trio.Nursery):
-                self._nursery.start_soon(self._run, conn, handler, name=conn.name)
+                self._nursery.start_soon(run, conn, handler, name=conn.name)
             else:
                 # trio takes anything that has a start_soon, and asks no more of it than this.
-                self._nursery.start_soon(self._run, conn, handler)
+                self._nursery.start_soon(run, conn, handler)
         except BaseException:
             # A nursery of the user's that has closed.
             conn.force_close(CloseReason.CANCELLED)
@@ -126,7 +138,23 @@ class ServerConnections:
             self._forget(conn)
         else:
             # What is left to do may take its time, or raise.
-            self._start_task(conn, partial(callbacks.finish, error=error))
+            self._start_task(conn, partial(callbacks.finish, error=error), self._run)
+
+    async def _open(self, conn: TcpConnection, opening: Opening) -> None:  # noqa: ASYNC910 a task of its own
+        """The life of a connection's task before it is open."""
+        try:
+            await open_connection(conn, opening)
+        finally:
+            if conn.state is not ConnectionState.CONNECTED:
+                self._forget(conn)
+        if conn.state is not ConnectionState.CONNECTED:
+            return
+        if self._callbacks is not None and self._held_open:
+            conn.handler_scope = None
+            self._dispatch(conn, self._callbacks)
+        else:
+            conn.handler_scope = trio.CancelScope()
+            await self._run(conn, self._handler)
 
     async def _run(self, conn: TcpConnection, handler: Handler) -> None:  # noqa: ASYNC910 a task of its own
         """The whole life of a connection's task."""

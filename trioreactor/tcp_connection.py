@@ -20,8 +20,10 @@ from trioreactor.default_poller import current_poller
 from trioreactor.draining_attributes import DrainingAttributes
 from trioreactor.handler_errors import reason_for
 from trioreactor.lifecycle import Lifecycle
+from trioreactor.opening_attributes import OpeningAttributes
 from trioreactor.options import Timeouts, Watermarks
 from trioreactor.overflow import Overflow, check_overflow, offer
+from trioreactor.reading_attributes import ReadingAttributes
 from trioreactor.send_buffer import Droppable
 from trioreactor.sending_attributes import SendingAttributes
 from trioreactor.socket_attributes import SocketAttributes
@@ -32,6 +34,8 @@ from trioreactor.timing_attributes import TimingAttributes
 
 class TcpConnection(
     DrainingAttributes,
+    OpeningAttributes,
+    ReadingAttributes,
     SendingAttributes,
     SocketAttributes,
     TimingAttributes,
@@ -96,10 +100,14 @@ class TcpConnection(
         name: str | None = None,
         watermarks: Watermarks = Watermarks(),
         timeouts: Timeouts = Timeouts(),
+        state: ConnectionState = ConnectionState.CONNECTED,
     ) -> TcpConnection:
-        """Make one, as the server does, from a connected, non-blocking standard socket."""
+        """Make one, as the server does, from a connected, non-blocking standard socket.
+
+        In the *state* CONNECTING it waits for `opened`: nothing may be sent, and no deadline runs.
+        """
         self = cls.__new__(cls)
-        self._set_up(sock, None, local_address, peer_address, name, watermarks, timeouts)
+        self._set_up(sock, None, local_address, peer_address, name, watermarks, timeouts, state)
         return self
 
     def _set_up(
@@ -111,6 +119,7 @@ class TcpConnection(
         name: str | None,
         watermarks: Watermarks,
         timeouts: Timeouts,
+        state: ConnectionState = ConnectionState.CONNECTED,
     ) -> None:
         self.local_address = local_address
         self.peer_address = peer_address
@@ -119,7 +128,9 @@ class TcpConnection(
         self._sock = sock
         if name is None:
             name = f"{format_address(local_address)}-{format_address(peer_address)}"
-        self._life = Lifecycle(name, sock, stream, current_poller(), watermarks, timeouts)
+        self._life = Lifecycle(
+            name, sock, stream, current_poller(), watermarks, timeouts, state=state
+        )
         # Shortcuts for what is called most.
         self._read = self._life.read
         self._write = self._life.write
@@ -249,12 +260,6 @@ class TcpConnection(
         """
         return self._read.receive_some(max_bytes)
 
-    def interrupt_receive(self) -> None:
-        """Let a `receive_some` that waits give ``b""`` now, as at EOF, which `at_eof` tells from
-        this: for whoever reads for others, and is to do something else. Nothing if none waits.
-        """
-        self._read.interrupt()
-
     def __anext__(self) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The next chunk, as `receive_some` gives it; the end at EOF."""
         return self._read.receive_some(None, iterating=True)
@@ -298,50 +303,6 @@ class TcpConnection(
         should only note what happened, or start a task. What it raises is a mistake, and logged.
         """
         self._read.dispatch_nowait(self, on_message, contextvars.copy_context(), on_end)
-
-    @property
-    def at_eof(self) -> bool:
-        """Whether the peer's EOF has been found: nothing more will come."""
-        return self._read.eof
-
-    async def wait_eof(self) -> None:
-        """Wait until the peer's EOF is next to be read, or the connection has broken or ended,
-        without reading. Any number of tasks may wait, and one read. Cancelling changes nothing.
-
-        For noticing that the peer has gone while one works for it. Unread input hides the EOF
-        behind it. On the trio poller an EOF that comes while nobody reads is seen, a reset not.
-        """
-        await self._life.wait_eof()
-
-    @property
-    def reading(self) -> bool:
-        """False between `stop_reading` and `start_reading`."""
-        return self._read.reading
-
-    def stop_reading(self) -> None:
-        """Leave input in the kernel, so that the peer feels it: no callbacks, and `receive_some`
-        waits. Idempotent. Until `start_reading`, `Timeouts.frame` stands still.
-        """
-        if self._life.watches.deadlines is not None:
-            self._life.watches.deadlines.paused()
-        self._read.stop_reading()
-
-    def start_reading(self) -> None:
-        """Take input again; a dispatch callback is called soon for what it had left. Idempotent."""
-        if self._life.watches.deadlines is not None:
-            self._life.watches.deadlines.resumed()
-        self._read.start_reading()
-
-    @property
-    def delivering(self) -> bool:
-        """Whether a dispatch runs and reads: whether its callback may be called."""
-        return self._read.delivering
-
-    def deliver_again(self) -> None:
-        """In a dispatch callback: call it again soon for what it leaves in the buffer, though no
-        more may come, after the other connections have had their turn.
-        """
-        self._read.deliver_again()
 
     # -- the end
 

@@ -19,6 +19,7 @@ from trioreactor.exception_groups import unwrapped
 from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
+from trioreactor.opening import Opening, in_order
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
 from trioreactor.overflow import Overflow, check_overflow
 from trioreactor.send_buffer import Droppable
@@ -101,7 +102,10 @@ class TcpServer:
         # Unset while `stop_accepting` holds.
         self._may_accept = trio.Event()
         self._may_accept.set()
-        self._connections = ServerConnections(handler, self._limiter)
+        # What comes before a connection is the handler's, in this order.
+        steps: list[Opening] = []
+        self._state = ConnectionState.CONNECTING if steps else ConnectionState.CONNECTED
+        self._connections = ServerConnections(handler, self._limiter, in_order(steps))
         self._serial = count(1)
         self._rejected: Counter[str] = Counter()
         self.connections: Mapping[str, TcpConnection] = self._connections.by_name
@@ -228,6 +232,7 @@ class TcpServer:
                 name=f"{self.name}-{acceptor.name}#{next(self._serial)}",
                 watermarks=self._watermarks,
                 timeouts=self._timeouts,
+                state=self._state,
             )
         except OSError as error:
             # epoll has no room for it (ENOSPC, ENOMEM): a shortage like any other at accept.

@@ -55,7 +55,7 @@ class Watches:
 
     __slots__ = ("_linger", "_lingering", "_others", "_owner", "deadlines", "left_over", "timeouts")
 
-    def __init__(self, owner: WatchOwner, timeouts: Timeouts) -> None:
+    def __init__(self, owner: WatchOwner, timeouts: Timeouts, *, begin: bool) -> None:
         # None once the connection is closed.
         self._owner: WatchOwner | None = owner
         self.deadlines: Deadlines | None = None
@@ -67,8 +67,13 @@ class Watches:
         # Made by the first one.
         self._others: list[Watch] | None = None
         self.timeouts = timeouts
-        if _WATCHED_FROM_THE_BEGINNING(timeouts) != _NONE:
-            self.change(timeouts)
+        if begin:
+            self.begin()
+
+    def begin(self) -> None:
+        """Watch from now on: the connection is open."""
+        if _WATCHED_FROM_THE_BEGINNING(self.timeouts) != _NONE:
+            self.change(self.timeouts)
 
     def change(self, timeouts: Timeouts) -> None:
         """These hold from now on. What has run of others counts, as far as it is known."""

@@ -68,7 +68,7 @@ class WriteHalf(WriteQueue):
         assert self.buffer.limit is not None
         size = max(1, self.buffer.limit // 4)
         start = 0
-        self._accepting = False
+        self.hold()
         try:
             while start < len(view):
                 piece = view[start : start + size]
@@ -89,8 +89,7 @@ class WriteHalf(WriteQueue):
                 self._owner.on_send_torn()
             raise
         finally:
-            self._accepting = self.open
-            self.wake()
+            self.release()
 
     @trio.lowlevel.enable_ki_protection
     async def wait_send_all_might_not_block(self) -> None:

@@ -78,7 +78,7 @@ class WriteQueue:
         self.bytes_sent = 0
         # False once `end` or `fail` was called: nothing new may be sent.
         self.open = True
-        # `open`, and no send_all is streaming slices that another send would tear apart.
+        # `open`, and nothing is under way that another send would tear apart: see `hold`.
         self._accepting = True
         self._failed = False
         # `aclose` has begun: whoever waits for room hears of it at once.
@@ -274,10 +274,22 @@ class WriteQueue:
         held = 0 if self.held is None else len(self.held) + ENTRY_OVERHEAD
         return buffer.could_have_room(held + n) or not buffer.can_ever_hold(n)
 
+    def hold(self) -> None:
+        """Take nothing until `release`, while `open`: what is sent would come into the middle of
+        something, a handshake or a message.
+        """
+        self._accepting = False
+
+    def release(self) -> None:
+        """Take what is sent again, if that was not ended meanwhile."""
+        self._accepting = self.open
+        self.wake()
+
     def _refusal(self) -> Exception:
         if self.open:
             return trio.BusyResourceError(
-                "another task is streaming data larger than the send buffer's limit"
+                "nothing can be sent now: a handshake runs, or another task streams data larger "
+                "than the send buffer's limit"
             )
         return self._ending.error()
 
