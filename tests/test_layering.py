@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {
             "address",
             "backoff",
+            "bind_address",
             "buffer",
             "codec",
             "endpoints",
@@ -43,7 +44,9 @@ LAYERS: list[tuple[str, set[str]]] = [
             "default_poller",
             "epoll_poller",
             "event_loop",
+            "loop_turns",
             "poller",
+            "service_notifier",
             "sockets",
             "trio_poller",
         },
@@ -64,12 +67,16 @@ LAYERS: list[tuple[str, set[str]]] = [
             "half_owner",
             "happy_eyeballs",
             "handler_errors",
+            "inherited",
             "lifecycle",
             "limits",
             "linger",
             "listen",
             "opening",
             "opening_attributes",
+            "loop_holder",
+            "loop_lookout",
+            "loop_watchdog",
             "overflow",
             "read_half",
             "reading_attributes",
@@ -132,6 +139,9 @@ IMPURE = {
 }
 # Its errors are derived from trio's own words, so that one `except` serves both.
 MAY_IMPORT_TRIO = {"errors"}
+
+# Names with an underscore that their module documents as public.
+DOCUMENTED = {"sys._current_frames"}
 
 MOST_LINES = 420
 
@@ -293,6 +303,7 @@ def test_no_reaching_into_modules(name: str) -> None:
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
         and ast.unparse(node.value).partition(".")[0] in modules
+        and ast.unparse(node) not in DOCUMENTED
     ]
     assert not reached
 

@@ -89,10 +89,10 @@ async def test_what_was_rejected() -> None:
 
 
 def test_the_fields() -> None:
-    """It has what a client has, and two counts of those that were turned away."""
+    """It has what a client has, two counts of those that were turned away, and the loop's lag."""
     own = {field.name for field in fields(ServerStatistics)}
     shared = {field.name for field in fields(ConnectionTotals)}
-    assert own == shared | {"rejected", "shed"}
+    assert own == shared | {"rejected", "shed", "loop_lag", "loop_holds"}
 
 
 async def test_the_report_of_a_drain(autojump_clock: trio.testing.MockClock) -> None:

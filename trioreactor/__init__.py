@@ -15,6 +15,7 @@ from trioreactor.errors import (
     FrameTooLarge,
     IllegalStateTransition,
     IncompleteFrame,
+    InheritedSocketError,
     NotConnected,
     ProtocolError,
     ReceiveBufferFull,
@@ -24,6 +25,7 @@ from trioreactor.errors import (
 from trioreactor.event_loop import EventLoop
 from trioreactor.framed import FramedChannel, dispatch_messages
 from trioreactor.heartbeat import Heartbeat
+from trioreactor.inherited import inherited_acceptors
 from trioreactor.length_codecs import (
     FixedLengthCodec,
     LengthHeaderCodec,
@@ -31,9 +33,11 @@ from trioreactor.length_codecs import (
     VarintCodec,
 )
 from trioreactor.line_codecs import DelimiterCodec, JsonLinesCodec, LineCodec
-from trioreactor.listen import open_tcp_acceptors, open_unix_acceptor
+from trioreactor.listen import open_acceptors, open_tcp_acceptors, open_unix_acceptor
+from trioreactor.loop_watchdog import LoopWatchdog
 from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
 from trioreactor.server_statistics import DrainReport, ServerStatistics
+from trioreactor.service_notifier import ServiceNotifier
 from trioreactor.sockets import TcpInfo
 from trioreactor.state import CloseReason, ConnectionState, ConnectorState
 from trioreactor.tcp_client import TcpClient
@@ -83,8 +87,10 @@ __all__ = [
     # listening
     "Acceptor",
     "AcceptorStatistics",
+    "open_acceptors",
     "open_tcp_acceptors",
     "open_unix_acceptor",
+    "inherited_acceptors",
     # options
     "Watermarks",
     "Limits",
@@ -93,12 +99,16 @@ __all__ = [
     "Keepalive",
     # the loop
     "EventLoop",
+    "LoopWatchdog",
+    # the service manager
+    "ServiceNotifier",
     # addresses
     "SocketAddress",
     "format_address",
     # errors
     "TrioReactorError",
     "ConnectError",
+    "InheritedSocketError",
     "NotConnected",
     "SendBufferFull",
     "ProtocolError",

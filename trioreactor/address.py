@@ -9,6 +9,9 @@ from typing import TypeAlias
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | str | bytes
 """What the socket module uses for TCP over IPv4 and over IPv6, and for Unix sockets."""
 
+# struct sockaddr_un has 108 bytes, one of them for the final zero.
+LONGEST_UNIX_PATH = 107
+
 # RFC 4291: one subscriber is commonly given a whole /64, so counting single IPv6 addresses
 # would not limit anybody.
 _IPV6_PEER_PREFIX = 64

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from trioreactor.address import SocketAddress, format_address
+from trioreactor.address import LONGEST_UNIX_PATH, SocketAddress, format_address
 from trioreactor.exception_groups import members
 
 Endpoint: TypeAlias = tuple[str, int] | str
@@ -15,9 +15,6 @@ Endpoint: TypeAlias = tuple[str, int] | str
 
 Chooser: TypeAlias = Literal["in_order", "random"] | Callable[[Sequence[Endpoint]], Endpoint]
 """Which endpoint comes next, of those that this round has not tried yet."""
-
-# struct sockaddr_un has 108 bytes, one of them for the final zero.
-_LONGEST_PATH = 107
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +66,9 @@ def check_endpoint(endpoint: object) -> Endpoint:
         if "\0" in endpoint[1:]:
             # The kernel would take what stands before it.
             raise ValueError(f"endpoint {endpoint!r}: a NUL can only be its first character")
-        if len(endpoint.encode("utf-8", "surrogateescape")) > _LONGEST_PATH:
+        if len(endpoint.encode("utf-8", "surrogateescape")) > LONGEST_UNIX_PATH:
             raise ValueError(
-                f"endpoint {endpoint!r}: a Unix socket's path has at most {_LONGEST_PATH} bytes"
+                f"endpoint {endpoint!r}: a Unix socket's path has at most {LONGEST_UNIX_PATH} bytes"
             )
         return endpoint
     if not isinstance(endpoint, tuple) or len(endpoint) != 2:  # pyright: ignore[reportUnknownArgumentType]

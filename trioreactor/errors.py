@@ -51,6 +51,25 @@ class ConnectError(TrioReactorError, OSError):
         return type(self), (*self.args, self.attempts)
 
 
+class InheritedSocketError(TrioReactorError, OSError):
+    """A descriptor that was handed over to listen on is no listening stream socket.
+
+    It was left as it was, and so were the others that came with it.
+    """
+
+    descriptor: int | None
+    """Which one is wrong; None if the list of them is."""
+
+    def __init__(self, text: str, descriptor: int | None = None, errno: int | None = None) -> None:
+        super().__init__(text)
+        self.descriptor = descriptor
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError's own would make the copy from the text alone.
+        return type(self), (*self.args, self.descriptor, self.errno)
+
+
 class NotConnected(TrioReactorError, trio.BrokenResourceError):
     """A client that reconnects has no connection at the moment. Nothing was sent."""
 

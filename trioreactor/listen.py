@@ -1,4 +1,6 @@
-"""Opening listening sockets: TCP on both families at once, and Unix sockets with their files."""
+"""Opening listening sockets: TCP on both families at once, Unix sockets with their files, and
+whatever a bind address names.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,15 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import trio
 
 from trioreactor.acceptor import DEFAULT_BATCH, Acceptor
 from trioreactor.address import format_address
+from trioreactor.bind_address import parse_bind_address
+from trioreactor.inherited import take_descriptors
 from trioreactor.options import SocketOptions
 from trioreactor.sockets import apply_before_bind
 
@@ -26,6 +31,66 @@ _PORT_TRIES = 20
 
 # A family that this machine does not have: no IPv6 in the kernel, or no address of it.
 _NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
+
+
+async def open_acceptors(
+    *bind: str,
+    mode: int | None = None,
+    socket_options: SocketOptions = SocketOptions(),
+    batch: int | None = DEFAULT_BATCH,
+) -> list[Acceptor]:
+    """Listen on each address in *bind*, written as for a command line; all of them, or none.
+
+    - ``127.0.0.1:7000``, ``localhost:7000``, ``[::1]:7000``; ``:7000`` is every address, IPv4
+      and IPv6 alike: see `open_tcp_acceptors`, which may give several acceptors for one address;
+    - ``unix:/run/x.sock``, with the file mode *mode*, or ``unix:@name``, an abstract name: see
+      `open_unix_acceptor`;
+    - ``fd://3``: a listening TCP or Unix stream socket that this process was started with. The
+      acceptor owns it.
+
+    The acceptors come in the order of *bind*. `TypeError` or `ValueError` for what is no address,
+    and `InheritedSocketError` for a descriptor that cannot be it, before anything is opened;
+    `OSError` for an address that cannot be bound. Then nothing is left open, and descriptors are
+    left to the caller.
+    """
+    await trio.lowlevel.checkpoint()
+    if not bind:
+        raise ValueError('open_acceptors(): pass at least one address, as in "127.0.0.1:7000"')
+    places = list(map(parse_bind_address, bind))
+    descriptors = [place for place in places if isinstance(place, int)]
+    inherited = dict(zip(descriptors, take_descriptors(descriptors, socket_options), strict=True))
+    opened: list[list[Acceptor]] = []
+    try:
+        for place in places:
+            match place:
+                case int():
+                    # Made when nothing can fail any more: an acceptor that closes, closes it.
+                    opened.append([])
+                case str():
+                    opened.append(
+                        [
+                            await open_unix_acceptor(
+                                place, mode=mode, socket_options=socket_options, batch=batch
+                            )
+                        ]
+                    )
+                case host, port:
+                    opened.append(
+                        await open_tcp_acceptors(
+                            port, host=host, socket_options=socket_options, batch=batch
+                        )
+                    )
+    except BaseException:
+        for acceptor in chain.from_iterable(opened):
+            acceptor.close()
+        for sock in inherited.values():
+            sock.detach()
+        raise
+    for place, acceptors in zip(places, opened, strict=True):
+        if isinstance(place, int):
+            sock = inherited[place]
+            acceptors.append(Acceptor(sock, batch=batch, socket_options=socket_options))
+    return list(chain.from_iterable(opened))
 
 
 async def open_tcp_acceptors(

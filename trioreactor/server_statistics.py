@@ -16,6 +16,11 @@ class ServerStatistics(ConnectionTotals):
     """Newcomers turned away, by the limit that was in the way; never part of `opened`."""
     shed: int
     """Newcomers turned away because no descriptor was free."""
+    loop_lag: float | None = None
+    """How long the loop was away from the kernel at the most since the watchdog began: the longest
+    turn, seconds, whatever the reason was. None without a watchdog."""
+    loop_holds: int = 0
+    """How many turns took longer than the watchdog's threshold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.opening import Opening, in_order
+from trioreactor.loop_watchdog import DEFAULT_THRESHOLD, LoopWatchdog, check_threshold
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
 from trioreactor.overflow import Overflow, check_overflow
 from trioreactor.send_buffer import Droppable
@@ -51,6 +52,9 @@ class TcpServer:
     or leave out the new message or the oldest ones; *on_drop* is then called with the connection
     and how many it lost.
 
+    *watchdog* is how many seconds one turn of the loop may take before `LoopWatchdog` warns of who
+    holds it, while this serves; None for no watchdog. (0.1 s: asyncio's slow_callback_duration)
+
     A server serves once: make another to serve again.
     """
 
@@ -68,6 +72,7 @@ class TcpServer:
         socket_options: SocketOptions = SocketOptions(),
         overflow: Overflow = "close",
         on_drop: Callable[[TcpConnection, int], object] | None = None,
+        watchdog: float | None = DEFAULT_THRESHOLD,
     ) -> None:
         if not callable(handler):
             raise TypeError(f"TcpServer({handler!r}): pass an async function or Callbacks")
@@ -94,6 +99,8 @@ class TcpServer:
         if on_drop is not None and not callable(on_drop):
             raise TypeError(f"TcpServer(on_drop={on_drop!r}): pass a function")
         self._on_drop = on_drop
+        check_threshold("TcpServer", "watchdog", watchdog, off=True)
+        self._watchdog = None if watchdog is None else LoopWatchdog(watchdog)
         self._limiter = ConnectionLimiter(limits)
         self._acceptors: list[Acceptor] = []
         self._started = False
@@ -134,6 +141,8 @@ class TcpServer:
         return ServerStatistics(
             rejected=MappingProxyType(dict(self._rejected)),
             shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
+            loop_lag=None if self._watchdog is None else self._watchdog.longest,
+            loop_holds=0 if self._watchdog is None else self._watchdog.holds,
             **self._connections.counters.totals(self.connections.values()).as_fields(),
         )
 
@@ -158,6 +167,8 @@ class TcpServer:
             raise RuntimeError("this server has served already: make another TcpServer")
         self._started = True
         self._acceptors = await self._open()
+        if self._watchdog is not None:
+            self._watchdog.start()
         try:
             with unwrapped():
                 async with trio.open_nursery() as nursery:
@@ -168,6 +179,8 @@ class TcpServer:
                         nursery.start_soon(self._accept_loop, acceptor, name=repr(acceptor))
                     task_status.started(list(self._acceptors))
         finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
             self._stop_listening()
             with trio.CancelScope(shield=True):
                 for acceptor in self._acceptors:
