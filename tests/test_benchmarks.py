@@ -597,3 +597,21 @@ def test_the_kernels_version_is_short(part: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report.platform, "system", lambda: "Linux")
     monkeypatch.setattr(report.platform, "release", lambda: "6.18.3-a.machine+12")
     assert report.system() == "Linux 6.18"
+
+
+def test_loops() -> None:
+    """A row for each work and number of loops, with figures."""
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "loops.py"), *["--rounds", "1", "--seconds", "0.05"]],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    _, _, *rows = result.stdout.splitlines()
+    assert len(rows) == 9
+    for row in rows:
+        rate, cpu = row.split()[-2:]
+        assert float(rate.replace(",", "")) > 0
+        assert float(cpu.replace(",", "")) >= 0

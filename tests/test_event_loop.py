@@ -124,6 +124,28 @@ async def test_from_another_thread(method: Callable[..., None]) -> None:
     assert called == [(number, True) for number in range(1000)]
 
 
+async def test_what_is_queued_together_wakes_the_loop_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trio is asked once for a burst, and again for what comes after it."""
+    asked: list[object] = []
+    real = trio.lowlevel.TrioToken.run_sync_soon
+
+    def run_sync_soon(self: trio.lowlevel.TrioToken, fn: Callable[[], object]) -> None:
+        asked.append(fn)
+        real(self, fn)
+
+    monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", run_sync_soon)
+    loop = EventLoop.current()
+    for turn in range(1, 4):
+        done = trio.Event()
+        for _ in range(100):
+            loop.queue_in_loop(int)
+        loop.queue_in_loop(done.set)
+        await done.wait()
+        assert len(asked) == turn
+
+
 async def test_it_wakes_a_loop_that_sleeps() -> None:
     """A call from a thread is made also when the loop has nothing else to do."""
     loop = EventLoop.current()

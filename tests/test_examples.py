@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -204,6 +205,23 @@ async def test_chargen_client_leaves(caplog: pytest.LogCaptureFixture) -> None:
         async with await connect() as client:
             assert len(await read_exactly(client, 740_000)) == 740_000
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+# -- compressor
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+async def test_compressor(threads: int) -> None:
+    """Each message comes back compressed, in order, from one loop or several."""
+    texts = [bytes([65 + number]) * (10_000 + number) for number in range(20)]
+    async with running("compressor", threads) as connect:
+        for client in [await connect() for _ in range(3)]:
+            async with client:
+                for text in texts:
+                    await client.send_all(struct.pack("!I", len(text)) + text)
+                for text in texts:
+                    (size,) = struct.unpack("!I", await read_exactly(client, 4))
+                    assert zlib.decompress(await read_exactly(client, size)) == text
 
 
 # -- all five

@@ -37,6 +37,7 @@ NAMES = {
     "DrainReport",
     "Endpoint",
     "EventLoop",
+    "EventLoopThreadPool",
     "FixedLengthCodec",
     "FrameTooLarge",
     "FramedChannel",

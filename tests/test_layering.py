@@ -45,6 +45,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "epoll_poller",
             "event_loop",
             "loop_turns",
+            "event_loop_thread",
             "poller",
             "service_notifier",
             "sockets",
@@ -55,6 +56,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "parts",
         {
             "acceptor",
+            "broadcaster",
             "connect_options",
             "connection_callbacks",
             "connection_counters",
@@ -100,6 +102,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "framed",
             "heartbeat",
             "server_connections",
+            "server_loops",
             "server_statistics",
             "tcp_client",
             "tcp_server",
@@ -117,6 +120,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "demo_reconnect",
             "demo_report",
             "demo_steps",
+            "event_loop_thread_pool",
         },
     ),
 ]

@@ -22,12 +22,14 @@ from trioreactor import (
     ProtocolError,
     TcpConnection,
     Timeouts,
+    Watermarks,
 )
+from trioreactor.broadcaster import Broadcaster
 from trioreactor.connection_callbacks import Handler
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.opening import Opening, in_order
 from trioreactor.options import Limits
-from trioreactor.server_connections import ServerConnections
+from trioreactor.server_connections import ServerConnections, Service
 
 
 def echo(conn: TcpConnection, buffer: Buffer) -> None:
@@ -57,9 +59,16 @@ async def opening_by(
         limiter = ConnectionLimiter(Limits(connections=1))
         assert limiter.try_acquire() is None
         assert limiter.try_enter("")
-        conns = ServerConnections(handler, limiter, in_order(steps))
+        service = Service(
+            handler=handler,
+            opening=in_order(steps),
+            broadcaster=Broadcaster("test", "close", None),
+            watermarks=Watermarks(),
+            timeouts=Timeouts(),
+        )
+        conns = ServerConnections(service, limiter.leave)
         async with trio.open_nursery() as nursery:
-            conns.serve_in(nursery, own=True)
+            await conns.serve_in(nursery, own=True)
             conn = TcpConnection.from_socket(
                 ours,
                 local_address="",
@@ -76,7 +85,7 @@ async def opening_by(
                 peer.socket.close()
                 conns.stop_entering()
         assert not conns.by_name
-        totals = conns.counters.totals(())
+        totals = conns.totals()
         assert (totals.opened, sum(totals.closed.values())) == (1, 1)
         # The permit is free again.
         assert limiter.try_acquire() is None

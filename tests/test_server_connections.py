@@ -561,3 +561,25 @@ async def test_one_context_from_up_to_down() -> None:
             assert await client.receive_some() == b""
         await until(lambda: len(seen) == 2)
     assert seen == ["unset", "set"]
+
+
+async def test_the_peer_has_gone_when_it_is_up() -> None:
+    """A send in the connection callback finds that the peer has reset: that connection has ended,
+    and the others are served.
+    """
+
+    def up(conn: TcpConnection) -> None:
+        if conn.state is ConnectionState.CONNECTED:
+            with suppress(trio.BrokenResourceError):
+                conn.send(b"hello")
+
+    server = server_of(connection=up)
+    async with no_leaks(), serving(server) as address:
+        server.stop_accepting()
+        for _ in range(5):
+            reset(connect(address).socket)
+        server.resume_accepting()
+        await until(lambda: server.statistics().closed == {CloseReason.PEER_RESET: 5})
+        client = connect(address)
+        assert await client.receive_some() == b"hello"
+        client.socket.close()

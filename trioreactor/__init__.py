@@ -23,6 +23,7 @@ from trioreactor.errors import (
     TrioReactorError,
 )
 from trioreactor.event_loop import EventLoop
+from trioreactor.event_loop_thread_pool import EventLoopThreadPool
 from trioreactor.framed import FramedChannel, dispatch_messages
 from trioreactor.heartbeat import Heartbeat
 from trioreactor.inherited import inherited_acceptors
@@ -102,6 +103,7 @@ __all__ = [
     "LoopWatchdog",
     # the service manager
     "ServiceNotifier",
+    "EventLoopThreadPool",
     # addresses
     "SocketAddress",
     "format_address",

@@ -88,3 +88,16 @@ class ConnectionCounters:
             resumes=self._resumes + sum(each.resumes for each in now),
             dropped=self._dropped + sum(each.dropped for each in now),
         )
+
+
+def sum_of_totals(parts: Iterable[ConnectionTotals]) -> ConnectionTotals:
+    """The counters over all connections that are counted in *parts*."""
+    closed: Counter[CloseReason] = Counter()
+    sums = dict.fromkeys(
+        (each.name for each in fields(ConnectionTotals) if each.name != "closed"), 0
+    )
+    for part in parts:
+        closed.update(part.closed)
+        for name in sums:
+            sums[name] += getattr(part, name)
+    return ConnectionTotals(closed=MappingProxyType(dict(closed)), **sums)

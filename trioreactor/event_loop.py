@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVarTuple
 
 import trio
@@ -18,6 +20,10 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        # What is to be called next. Trio is asked once for all of it: it wakes the run by a system
+        # call for each request. The lock can be taken twice, for a signal handler may queue.
+        self._queue: list[Callable[[], object]] = []
+        self._lock = threading.RLock()
 
     @classmethod
     def current(cls) -> EventLoop:
@@ -52,7 +58,21 @@ class EventLoop:
         What *fn* raises is logged and goes no further. `trio.RunFinishedError` if the run is over;
         a call that was queued just before the end may never be made.
         """
-        self._token.run_sync_soon(_contained, fn, *args)
+        with self._lock:
+            if not self._queue:
+                try:
+                    self._token.run_sync_soon(self._call_queued)
+                except OSError:
+                    # A run that crashed has closed what wakes it, and said nothing.
+                    raise trio.RunFinishedError("the run has crashed") from None
+            self._queue.append(partial(_contained, fn, *args))
+
+    def _call_queued(self) -> None:
+        # Those that are queued meanwhile wait for the next time.
+        with self._lock:
+            queue, self._queue = self._queue, []
+        for call in queue:
+            call()
 
 
 _current: trio.lowlevel.RunVar[EventLoop | None] = trio.lowlevel.RunVar(

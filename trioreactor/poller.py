@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trioreactor.event_loop import EventLoop
 from trioreactor.timer_queue import Timer, TimerQueue
 from trioreactor.timing_wheel import TimingWheel
 
@@ -39,6 +40,8 @@ class Poller(ABC):
 
     always_armed: bool
     """Whether every channel is watched all the time, with no `arm_*` call needed."""
+    loop: EventLoop
+    """The run that it belongs to, from the first channel on."""
     max_rounds = MAX_ROUNDS
     """How many rounds may follow each other."""
 
@@ -66,6 +69,7 @@ class Poller(ABC):
     def register(self, channel: Channel) -> None:
         """Begin to watch *channel*. The first one starts the poller's task."""
         if self._ended is None:
+            self.loop = EventLoop.current()
             self._open()
             self._ended = trio.Event()
             trio.lowlevel.spawn_system_task(self._run, name=f"trioreactor.{type(self).__name__}")

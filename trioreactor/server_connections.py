@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Awaitable, Callable, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
 import trio
 
+from trioreactor.acceptor import Acceptor
+from trioreactor.address import SocketAddress
+from trioreactor.broadcaster import Broadcaster
 from trioreactor.callbacks import Callbacks
 from trioreactor.connection_callbacks import Handler
-from trioreactor.connection_counters import ConnectionCounters
+from trioreactor.connection_counters import ConnectionCounters, ConnectionTotals
 from trioreactor.exception_groups import lone
 from trioreactor.handler_errors import close_and_log, end_after
-from trioreactor.limits import ConnectionLimiter
 from trioreactor.opening import Opening, open_connection
+from trioreactor.options import Timeouts, Watermarks
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """What a server does for a connection, in whatever loop it is."""
+
+    handler: Handler
+    opening: Opening | None
+    broadcaster: Broadcaster
+    watermarks: Watermarks
+    timeouts: Timeouts
 
 
 class ServerConnections:
@@ -29,13 +45,16 @@ class ServerConnections:
     comes before a connection is the handler's.
     """
 
-    def __init__(
-        self, handler: Handler, limiter: ConnectionLimiter, opening: Opening | None
-    ) -> None:
-        self._handler = handler
-        self._opening = opening
-        # Has let each of them in.
-        self._limiter = limiter
+    def __init__(self, service: Service, leave: Callable[[SocketAddress], object]) -> None:
+        self._service = service
+        self._handler = service.handler
+        self._opening = service.opening
+        # What a new one is.
+        self._state = (
+            ConnectionState.CONNECTED if service.opening is None else ConnectionState.CONNECTING
+        )
+        # To be told of each one's end.
+        self._leave = leave
         # Where the tasks run, while serving.
         self._nursery: trio.Nursery
         # The handler, where connections need no task.
@@ -47,17 +66,21 @@ class ServerConnections:
         self._ending = False
         # Whoever waits for the last one to end.
         self._empty = trio.lowlevel.ParkingLot()
-        self.counters = ConnectionCounters()
+        self._counters = ConnectionCounters()
         self.by_name: Mapping[str, TcpConnection] = MappingProxyType(self._living)
 
     def __len__(self) -> int:
         return len(self._living)
 
-    def living(self) -> list[TcpConnection]:
-        """A list of its own, for whoever may end some of them."""
+    def _all(self) -> list[TcpConnection]:
+        # A list of its own, for whoever may end some of them.
         return list(self._living.values())
 
-    def serve_in(self, nursery: trio.Nursery, *, own: bool) -> None:
+    def totals(self) -> ConnectionTotals:
+        """The counters as they are now."""
+        return self._counters.totals(self._living.values())
+
+    async def serve_in(self, nursery: trio.Nursery, *, own: bool) -> None:  # noqa: ASYNC910 serve has checkpoints
         """Tasks are to run in *nursery*, which has nobody else's if it is the server's *own*."""
         self._nursery = nursery
         # Somebody else's does not know of those without a task, and would not end them with it.
@@ -71,24 +94,54 @@ class ServerConnections:
     async def _hold_open(self) -> None:  # noqa: ASYNC910 a task of its own
         """By this one, connections without a task belong to the nursery."""
         try:
-            while self._living or not self._ending:
-                await self._empty.park()
+            await self.wait_ended()
         finally:
             # The accept task may be past its last checkpoint, and still enter some.
             self._held_open = False
-            for conn in self.living():
-                conn.force_close(CloseReason.CANCELLED)
+            self.force_close(CloseReason.CANCELLED)
+
+    async def wait_ended(self) -> None:  # noqa: ASYNC910 tasks of their own wait
+        """Wait until none is left and no more will come."""
+        while self._living or not self._ending:
+            await self._empty.park()
+
+    def admit(
+        self, acceptor: Acceptor, sock: socket.socket, peer: SocketAddress, name: str
+    ) -> None:
+        """Make a connection of what was accepted, which has a permit, and serve it from now on."""
+        try:
+            conn = TcpConnection.from_socket(
+                sock,
+                local_address=acceptor.address_of(sock),
+                peer_address=peer,
+                name=name,
+                watermarks=self._service.watermarks,
+                timeouts=self._service.timeouts,
+                state=self._state,
+            )
+        except OSError as error:
+            # epoll has no room for it (ENOSPC, ENOMEM): a shortage like any other at accept.
+            self._leave(peer)
+            self._shed(acceptor, sock, error)
+            return
+        self.enter(conn)
 
     def enter(self, conn: TcpConnection) -> None:
-        """Serve *conn* from now on."""
-        self._living[conn.name] = conn
-        self.counters.opened += 1
+        """Serve *conn*, which has a permit, from now on."""
+        self._add(conn)
         if self._opening is not None:
             self._start_task(conn, self._opening, self._open)
         elif self._callbacks is not None and self._held_open:
             self._dispatch(conn, self._callbacks)
         else:
             self._start_task(conn, self._handler, self._run)
+
+    def _add(self, conn: TcpConnection) -> None:
+        self._living[conn.name] = conn
+        self._counters.opened += 1
+
+    def _shed(self, acceptor: Acceptor, sock: socket.socket, error: OSError) -> None:
+        acceptor.shed(sock, error)
 
     def _start_task(
         self,
@@ -183,12 +236,32 @@ class ServerConnections:
 
     def _forget(self, conn: TcpConnection) -> None:
         del self._living[conn.name]
-        self.counters.count_end(conn)
+        self._counters.count_end(conn)
         # It refers to the task, and the task's frames to the connection.
         conn.handler_scope = None
-        self._limiter.leave(conn.peer_address)
+        self._leave(conn.peer_address)
         if not self._living and self._empty:
             self._empty.unpark_all()
+
+    # -- all of them at once
+
+    def broadcast(self, message: bytes, to: Iterable[TcpConnection] | None) -> int:
+        """Send to all, or to those in *to*; how many took it."""
+        return self._service.broadcaster.send(message, self._all() if to is None else list(to))
+
+    def start_draining(self) -> int:
+        """Tell each that it is to finish; how many there are."""
+        conns = self._all()
+        for conn in conns:
+            conn.start_draining()
+        return len(conns)
+
+    def force_close(self, reason: CloseReason) -> list[str]:
+        """Close all; their names."""
+        conns = self._all()
+        for conn in conns:
+            conn.force_close(reason)
+        return [conn.name for conn in conns]
 
     def stop_entering(self) -> None:
         """No more will come. Idempotent."""

@@ -18,6 +18,7 @@ from trioreactor.connection_callbacks import (
 from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.default_poller import current_poller
 from trioreactor.draining_attributes import DrainingAttributes
+from trioreactor.event_loop import EventLoop
 from trioreactor.handler_errors import reason_for
 from trioreactor.lifecycle import Lifecycle
 from trioreactor.opening_attributes import OpeningAttributes
@@ -141,6 +142,13 @@ class TcpConnection(
     def name(self) -> str:
         """For logs and registries. A server numbers its own; else the two addresses."""
         return self._life.ending.name
+
+    @property
+    def loop(self) -> EventLoop:
+        """The loop that it lives in. Other threads have their say by its `EventLoop.queue_in_loop`;
+        they may look at the name, the addresses, `state`, `close_reason` and `statistics`.
+        """
+        return self._life.poller.loop
 
     @property
     def state(self) -> ConnectionState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,19 +13,19 @@ import trio
 
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import SocketAddress, format_address
+from trioreactor.broadcaster import Broadcaster
 from trioreactor.connection_callbacks import Handler
 from trioreactor.exception_groups import unwrapped
-from trioreactor.handler_errors import close_and_log
 from trioreactor.limits import ConnectionLimiter
 from trioreactor.listen import open_tcp_acceptors
-from trioreactor.opening import Opening, in_order
 from trioreactor.loop_watchdog import DEFAULT_THRESHOLD, LoopWatchdog, check_threshold
+from trioreactor.opening import Opening, in_order
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
-from trioreactor.overflow import Overflow, check_overflow
-from trioreactor.send_buffer import Droppable
-from trioreactor.server_connections import ServerConnections
+from trioreactor.overflow import Overflow
+from trioreactor.server_connections import ServerConnections, Service
+from trioreactor.server_loops import LoopPool, ServerLoops
 from trioreactor.server_statistics import DrainReport, ServerStatistics
-from trioreactor.state import CloseReason, ConnectionState
+from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import TcpConnection
 
 # How long a drain waits for handlers that it has cancelled, when `Timeouts.linger` is off: as long
@@ -54,6 +53,10 @@ class TcpServer:
 
     *watchdog* is how many seconds one turn of the loop may take before `LoopWatchdog` warns of who
     holds it, while this serves; None for no watchdog. (0.1 s: asyncio's slow_callback_duration)
+    With *loops*, an `EventLoopThreadPool` that runs, this loop accepts and the pool's serve: each
+    connection lives in one of theirs, handler, callbacks and *on_drop* included, and only there may
+    anything be done with it (`TcpConnection.loop`). `broadcast`, `statistics` and `connections`
+    may be used from any of the threads; all else of the server belongs to its own loop.
 
     A server serves once: make another to serve again.
     """
@@ -73,6 +76,7 @@ class TcpServer:
         overflow: Overflow = "close",
         on_drop: Callable[[TcpConnection, int], object] | None = None,
         watchdog: float | None = DEFAULT_THRESHOLD,
+        loops: LoopPool | None = None,
     ) -> None:
         if not callable(handler):
             raise TypeError(f"TcpServer({handler!r}): pass an async function or Callbacks")
@@ -87,20 +91,18 @@ class TcpServer:
             timeouts=timeouts,
             socket_options=socket_options,
         )
+        if loops is not None and not callable(getattr(loops, "take_loop", None)):
+            raise TypeError(f"TcpServer(loops={loops!r}): pass an EventLoopThreadPool")
         self.name = name
         self._port = port
         self._host = host
         self._given = listeners
-        self._watermarks = watermarks
-        self._timeouts = timeouts
         self._socket_options = socket_options
-        check_overflow("TcpServer", overflow)
-        self._overflow: Overflow = overflow
-        if on_drop is not None and not callable(on_drop):
-            raise TypeError(f"TcpServer(on_drop={on_drop!r}): pass a function")
-        self._on_drop = on_drop
         check_threshold("TcpServer", "watchdog", watchdog, off=True)
         self._watchdog = None if watchdog is None else LoopWatchdog(watchdog)
+        # How long a drain waits for handlers that it has cancelled.
+        self._unwind = _UNWIND if timeouts.linger is None else timeouts.linger
+        self._broadcaster = Broadcaster("TcpServer", overflow, on_drop)
         self._limiter = ConnectionLimiter(limits)
         self._acceptors: list[Acceptor] = []
         self._started = False
@@ -111,12 +113,23 @@ class TcpServer:
         self._may_accept.set()
         # What comes before a connection is the handler's, in this order.
         steps: list[Opening] = []
-        self._state = ConnectionState.CONNECTING if steps else ConnectionState.CONNECTED
-        self._connections = ServerConnections(handler, self._limiter, in_order(steps))
+        service = Service(
+            handler=handler,
+            opening=in_order(steps),
+            broadcaster=self._broadcaster,
+            watermarks=watermarks,
+            timeouts=timeouts,
+        )
+        self._connections = (
+            ServerConnections(service, self._limiter.leave)
+            if loops is None
+            else ServerLoops(service, self._limiter, loops)
+        )
         self._serial = count(1)
         self._rejected: Counter[str] = Counter()
         self.connections: Mapping[str, TcpConnection] = self._connections.by_name
-        """The living connections by name: read-only, always up to date."""
+        """The living connections by name: read-only, always up to date. With *loops* they come and
+        go in other threads: what iterates goes over a copy, made when it begins."""
 
     def __repr__(self) -> str:
         where = ", ".join(map(format_address, self.addresses)) or "nothing"
@@ -143,7 +156,7 @@ class TcpServer:
             shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
             loop_lag=None if self._watchdog is None else self._watchdog.longest,
             loop_holds=0 if self._watchdog is None else self._watchdog.holds,
-            **self._connections.counters.totals(self.connections.values()).as_fields(),
+            **self._connections.totals().as_fields(),
         )
 
     # -- serving
@@ -172,7 +185,7 @@ class TcpServer:
         try:
             with unwrapped():
                 async with trio.open_nursery() as nursery:
-                    self._connections.serve_in(
+                    await self._connections.serve_in(
                         handler_nursery or nursery, own=handler_nursery is None
                     )
                     for acceptor in self._acceptors:
@@ -233,26 +246,9 @@ class TcpServer:
                 sock.close()
                 self._rejected[obstacle] += 1
                 continue
-            self._start(acceptor, sock, peer)
+            name = f"{self.name}-{acceptor.name}#{next(self._serial)}"
+            self._connections.admit(acceptor, sock, peer, name)
         return True
-
-    def _start(self, acceptor: Acceptor, sock: socket.socket, peer: SocketAddress) -> None:
-        try:
-            conn = TcpConnection.from_socket(
-                sock,
-                local_address=acceptor.address_of(sock),
-                peer_address=peer,
-                name=f"{self.name}-{acceptor.name}#{next(self._serial)}",
-                watermarks=self._watermarks,
-                timeouts=self._timeouts,
-                state=self._state,
-            )
-        except OSError as error:
-            # epoll has no room for it (ENOSPC, ENOMEM): a shortage like any other at accept.
-            self._limiter.leave(peer)
-            acceptor.shed(sock, error)
-            return
-        self._connections.enter(conn)
 
     # -- all connections at once
 
@@ -261,46 +257,13 @@ class TcpServer:
     ) -> int:
         """Send *data* to every connection (or to those in *to*) without waiting for any.
 
-        Returns how many took it. Slow ones queue it, up to their hard limit; for those that would
-        pass it the server's *overflow* holds. Closed and closing ones are left out. Those that are
-        behind come last, so that queueing and closing delays none of the others.
+        Returns how many took it; with *loops*, how many it was handed to where that is another
+        thread's, which sends soon, and in the order of these calls. Slow ones queue it, up to
+        their hard limit; for those that would pass it the server's *overflow* holds. Closed and
+        closing ones are left out. Those that are behind come last, so that queueing and closing
+        delays none of the others.
         """
-        # What is never dropped may be gathered with what else waits.
-        data = bytes(memoryview(data)) if self._overflow == "close" else Droppable(data)
-        conns = self._connections.living() if to is None else list(to)
-        if not data:
-            return sum(conn.state is ConnectionState.CONNECTED for conn in conns)
-        behind: list[TcpConnection] = []
-        sent = 0
-        for conn in conns:
-            try:
-                took = conn.send_if_idle(data)
-            except trio.BrokenResourceError:
-                continue
-            if took:
-                sent += 1
-            elif took is None:
-                behind.append(conn)
-        return sent + sum(self._offer(conn, data) for conn in behind)
-
-    def _offer(self, conn: TcpConnection, data: bytes) -> bool:
-        """Send without waiting. False if the connection did not take it."""
-        if conn.state is not ConnectionState.CONNECTED:
-            return False
-        try:
-            if self._overflow == "close":
-                conn.send(data)
-                return True
-            refused = conn.refused
-            dropped = conn.offer(data, self._overflow)
-        except (trio.BrokenResourceError, trio.BusyResourceError):
-            return False
-        if dropped and self._on_drop is not None:
-            try:
-                self._on_drop(conn, dropped)
-            except Exception as error:
-                close_and_log(conn, error)
-        return conn.refused == refused
+        return self._connections.broadcast(self._broadcaster.message(data), to)
 
     def stop_accepting(self) -> None:
         """Leave newcomers in the backlog until `resume_accepting`. Idempotent."""
@@ -316,8 +279,7 @@ class TcpServer:
     def close(self) -> None:
         """Close every listening socket and connection at once; `serve` returns. Idempotent."""
         self._stop_listening()
-        for conn in self._connections.living():
-            conn.force_close()
+        self._connections.force_close(CloseReason.FORCED)
 
     async def drain(self, grace: float) -> DrainReport:
         """Stop accepting, let the connections finish, and close what has not after *grace* seconds.
@@ -336,21 +298,19 @@ class TcpServer:
             for acceptor in self._acceptors:
                 self._accept(acceptor, _LAST_CALL)
         self._stop_listening()
-        waiting = self._connections.living()
-        for conn in waiting:
-            conn.start_draining()
+        present = self._connections.start_draining()
         with trio.move_on_after(grace):
             await self._connections.wait_empty()
-        forced = self._connections.living()
-        for conn in forced:
-            conn.force_close(CloseReason.DRAIN_TIMEOUT)
-        linger = self._timeouts.linger
-        with trio.move_on_after(_UNWIND if linger is None else linger):
+        forced = self._connections.force_close(CloseReason.DRAIN_TIMEOUT)
+        with trio.move_on_after(self._unwind):
             await self._connections.wait_empty()
+        stuck = tuple(self.connections)
+        # Those of a loop that does nothing at all are not forced yet.
+        forced += [name for name in stuck if name not in forced]
         return DrainReport(
-            finished=len(waiting) - len(forced),
-            forced=tuple(conn.name for conn in forced),
-            stuck=tuple(self.connections),
+            finished=present - len(forced),
+            forced=tuple(forced),
+            stuck=stuck,
             seconds=trio.current_time() - begun,
         )
 

@@ -102,7 +102,7 @@ class WriteQueue:
     @property
     def queued(self) -> int:
         """Bytes that the kernel has not taken yet."""
-        return self.buffer.size + (0 if self.held is None else len(self.held))
+        return self.buffer.size + len(self.held or b"")  # looked at once: threads ask, too
 
     # -- sending
 
