@@ -21,6 +21,8 @@ from works import Server, Work
 
 HERE = Path(__file__).parent
 
+PYTHON_LOAD = [sys.executable, str(HERE / "load.py")]
+
 # A load that is this busy may be what is measured, instead of the server.
 BUSY = 0.95
 
@@ -74,12 +76,17 @@ class Driver:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.descriptors = sys.maxsize if most == resource.RLIM_INFINITY else most
+        self.most_connections = most - 64
+        load = _built("load", build)
+        self._load = [str(load)] if load else PYTHON_LOAD
+        self._floor = _built("floor", build)
+        self.redis_benchmark = shutil.which("redis-benchmark")
         self.notes: list[str] = []
         self.load_is_slow = False
         try:
             self._load = [_built("load")]
         except RuntimeError as error:
-            self._load = [sys.executable, str(HERE / "load.py")]
+            self._load = PYTHON_LOAD
             self.load_is_slow = True
             self.notes.append(
                 f"{error}: the load is made by Python, which is too slow to saturate the servers; "
@@ -160,7 +167,8 @@ class Driver:
     def _command(self, server: ServerProcess, load: dict[str, Any], **more: object) -> list[str]:
         load = load | {"port": server.port, "pid": server.process.pid} | more
         kind = load.pop("kind")
-        return [*self._load, kind, *(f"{name}={value}" for name, value in load.items())]
+        program = PYTHON_LOAD if "tls" in load else self._load
+        return [*program, kind, *(f"{name}={value}" for name, value in load.items())]
 
     def _run_load(self, server: ServerProcess, load: dict[str, Any], **times: float) -> Any:
         command = self._command(server, load, **times)

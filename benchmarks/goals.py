@@ -63,6 +63,10 @@ def _goals() -> Iterable[Goal]:
     yield Goal("echo-16k", SEND_ALL, 1.0, (STREAMS,))
     yield Goal("lines", DISPATCH, 0.9, (UV_PROTOCOL,))
     yield Goal("lines", SEND, 1.0, (UV_STREAMS,))
+    for work in ("tls-50", "tls-16k"):
+        yield Goal(work, DISPATCH, 1.0, (UV_PROTOCOL,))
+        yield Goal(work, SEND, 0.6, (TRIO,))
+        yield Goal(work, SEND_ALL, 0.6, (TRIO,))
     for work in ("sink", "source"):
         yield Goal(work, DISPATCH, 1.0, (UV_PROTOCOL, UV_STREAMS), at_least=True)
         yield Goal(work, SEND, 1.0, (STREAMS,), at_least=True)

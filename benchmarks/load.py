@@ -1,7 +1,8 @@
-"""The load generator in Python, for machines without a C compiler: the kinds, names and output of
-load.c, whose head explains them. It needs more CPU for a request than most servers, so what it
-finds of rates and times is its own limit. The servers' CPU for each request is not comparable
-either: they wait for it, and a server that is loaded in part finds less to do at each wake-up.
+"""The load generator in Python, for machines without a C compiler, and for TLS (``tls=1``, of echo
+and connect), which load.c has not: the kinds, names and output of load.c, whose head explains them.
+It needs more CPU for a request than most servers, so what it finds of rates and times is its own
+limit. The servers' CPU for each request is not comparable either: they wait for it, and a server
+that is loaded in part finds less to do at each wake-up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import resource
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -39,6 +41,7 @@ class Options:
     framing: str = "raw"
     seconds: float = 1.0
     warmup: float = 0.2
+    tls: int = 0
 
 
 @dataclass(eq=False)
@@ -80,6 +83,11 @@ class Load:
         # Requests, or deliveries, that have not been answered.
         self.in_flight = 0
         self.burst, self.answer_size = self._burst()
+        # Whether it is the right server is not what is measured.
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if options.tls else None
+        if self.tls is not None:
+            self.tls.check_hostname = False
+            self.tls.verify_mode = ssl.CERT_NONE
 
     def _burst(self) -> tuple[bytes, int]:
         options = self.options
@@ -99,6 +107,8 @@ class Load:
         """One connection more."""
         sock = socket.create_connection(("127.0.0.1", self.options.port), PATIENCE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls is not None:
+            sock = self.tls.wrap_socket(sock)
         conn = Conn(sock)
         self.conns[sock.fileno()] = conn
         return conn
@@ -112,7 +122,10 @@ class Load:
         """How many bytes came."""
         try:
             data = conn.sock.recv(CHUNK)
-        except BlockingIOError:
+            # No event tells of what OpenSSL has left.
+            while isinstance(conn.sock, ssl.SSLSocket) and conn.sock.pending():
+                data += conn.sock.recv(CHUNK)
+        except (BlockingIOError, ssl.SSLWantReadError):
             return 0
         if not data:
             fail("the server closed a connection")
@@ -202,11 +215,13 @@ class Load:
         while view:
             try:
                 view = view[conn.sock.send(view) :]
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 room = select.poll()
                 room.register(conn.sock, select.POLLOUT)
                 if not room.poll(PATIENCE * 1000):
                     fail(f"nothing is read within {PATIENCE:g} s")
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                continue
 
     def ask(self, conn: Conn) -> None:
         """Begin a burst."""
@@ -254,6 +269,10 @@ class Load:
         if not self.answered(conn):
             return
         del self.conns[conn.sock.fileno()]
+        if isinstance(conn.sock, ssl.SSLSocket):
+            # Ours says that it was all; its own does not matter.
+            with suppress(ssl.SSLWantReadError):
+                conn.sock.unwrap()
         conn.sock.close()
         self.window.samples.append(time.perf_counter() - conn.begun)
         self.window.done += 1

@@ -105,6 +105,22 @@ WORKS = (
         serve="broadcast",
         load={"kind": "broadcast", "conns": 1000, "size": 100},
     ),
+    *(
+        Work(name=name, title=title, serve="tls", load={**load, "tls": 1}, quick=False)
+        for name, title, load in (
+            ("tls-50", "TLS, 64-byte echo, 50 connections", {"kind": "echo", "conns": 50}),
+            (
+                "tls-16k",
+                "TLS, 16 KiB echo, 20 connections",
+                {"kind": "echo", "conns": 20, "size": 16384},
+            ),
+            (
+                "tls-connect",
+                "TLS, handshake, 64 bytes and back, close; one at a time",
+                {"kind": "connect", "conns": 1},
+            ),
+        )
+    ),
     _growth(100),
     _growth(1000),
     _growth(5000),

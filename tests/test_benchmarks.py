@@ -124,6 +124,17 @@ def test_a_run(tmp_path: Path) -> None:
     assert found["machine"]["python"] in output
 
 
+def test_tls() -> None:
+    """Echoes and handshakes, by whoever has TLS."""
+    output, errors = run_suite(
+        *("--work", "tls-50", "--work", "tls-connect", "--rounds", "1", "--seconds", "0.05"),
+        *("--server", "trioreactor send", "--server", "plain trio", "--server", "asyncio streams"),
+    )
+    assert not errors
+    for server in "trioreactor send", "plain trio", "asyncio streams":
+        assert output.count(f"\n{server} ") == 2
+
+
 @pytest.mark.parametrize("work", ["echo-1", "lines", "broadcast", "connect"])
 def test_without_a_compiler(work: str, tmp_path: Path) -> None:
     """The load is then made by Python, which is said, and it does the same."""
@@ -485,6 +496,10 @@ def wanted() -> Iterator[tuple[str, str, str, float, str]]:
     yield "echo-16k", SEND_ALL, "<=", 1.0, "asyncio streams"
     yield "lines", DISPATCH, "<=", 0.9, "uvloop Protocol"
     yield "lines", SEND, "<=", 1.0, "uvloop streams"
+    for work in ("tls-50", "tls-16k"):
+        yield work, DISPATCH, "<=", 1.0, "uvloop Protocol"
+        yield work, SEND, "<=", 0.6, "plain trio"
+        yield work, SEND_ALL, "<=", 0.6, "plain trio"
     for work in ("sink", "source"):
         yield work, DISPATCH, ">=", 1.0, "uvloop Protocol, uvloop streams"
         yield work, SEND, ">=", 1.0, "asyncio streams"
@@ -597,8 +612,6 @@ def test_the_kernels_version_is_short(part: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report.platform, "system", lambda: "Linux")
     monkeypatch.setattr(report.platform, "release", lambda: "6.18.3-a.machine+12")
     assert report.system() == "Linux 6.18"
-
-
 def test_loops() -> None:
     """A row for each work and number of loops, with figures."""
     result = subprocess.run(

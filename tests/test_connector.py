@@ -39,7 +39,8 @@ from trioreactor import (
     open_tcp_connection,
 )
 from trioreactor.connect_options import ConnectOptions, RetryOptions
-from trioreactor.connector import REMEMBERED, connection_on
+from trioreactor.connecting import connection_on
+from trioreactor.connector import REMEMBERED
 
 A: Endpoint = ("192.0.2.1", 1)
 B: Endpoint = ("192.0.2.2", 2)

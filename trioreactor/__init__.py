@@ -7,12 +7,14 @@ from trioreactor.buffer import Buffer
 from trioreactor.callbacks import Callbacks
 from trioreactor.client_statistics import ClientStatistics
 from trioreactor.codec import NEED_MORE, Codec, NeedMore
+from trioreactor.connecting import open_tcp_connection
 from trioreactor.connection_statistics import ConnectionStatistics
-from trioreactor.connector import Connector, ConnectorStatistics, open_tcp_connection
+from trioreactor.connector import Connector, ConnectorStatistics
 from trioreactor.endpoints import ConnectAttempt, Endpoint
 from trioreactor.errors import (
     ConnectError,
     FrameTooLarge,
+    HandshakeFailed,
     IllegalStateTransition,
     IncompleteFrame,
     InheritedSocketError,
@@ -44,6 +46,7 @@ from trioreactor.state import CloseReason, ConnectionState, ConnectorState
 from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
+from trioreactor.tls import TlsInfo
 
 __version__ = "0.4.0"
 
@@ -71,6 +74,7 @@ __all__ = [
     "CloseReason",
     "Buffer",
     "TcpInfo",
+    "TlsInfo",
     # messages
     "Codec",
     "NeedMore",
@@ -112,6 +116,7 @@ __all__ = [
     "ConnectError",
     "InheritedSocketError",
     "NotConnected",
+    "HandshakeFailed",
     "SendBufferFull",
     "ProtocolError",
     "FrameTooLarge",

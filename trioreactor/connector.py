@@ -6,42 +6,31 @@ import errno
 import logging
 import math
 import os
+import ssl
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
-from typing import Unpack
+from typing import TypeAlias
 
 import trio
 
 from trioreactor.backoff import Backoff, Delays
-from trioreactor.connect_options import (
-    ConnectOptions,
-    OnAttempt,
-    Place,
-    check_known,
-    check_on_attempt,
-    local_end,
-    places,
-)
+from trioreactor.connect_options import OnAttempt, Place, check_on_attempt, local_end, places
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds, attempts_text
-from trioreactor.errors import ConnectError
+from trioreactor.errors import ConnectError, HandshakeFailed
 from trioreactor.exception_groups import members, without_frames
 from trioreactor.happy_eyeballs import connect_tcp, connect_unix
-from trioreactor.options import (
-    SocketOptions,
-    Timeouts,
-    Watermarks,
-    check_count,
-    check_kinds,
-    check_seconds,
-)
+from trioreactor.options import SocketOptions, check_count, check_kinds, check_seconds
 from trioreactor.sockets import can_pass, peer_of
 from trioreactor.state import CONNECTOR_TRANSITIONS, ConnectorState, check_transition
 from trioreactor.tcp_connection import TcpConnection
 
 logger = logging.getLogger("trioreactor.connector")
+
+Made: TypeAlias = trio.SocketStream | TcpConnection
+Finish: TypeAlias = Callable[[trio.SocketStream, Endpoint], Awaitable[TcpConnection]]
 
 # How many failed attempts a `ConnectError` tells of where their number has no bound.
 REMEMBERED = 16
@@ -202,20 +191,33 @@ class Connector:
         off. `trio.ClosedResourceError` after `stop`, `trio.BusyResourceError` if another task is
         at it. Cancelled, it leaves no socket open.
         """
+        made = await self._run(None)
+        assert isinstance(made, trio.SocketStream)
+        return made
+
+    async def establish(self, finish: Finish) -> TcpConnection:
+        """`connect`, and *finish* as a part of each attempt: it is given the stream and its
+        endpoint, and makes a connection. The attempt fails if it raises `HandshakeFailed`.
+        """
+        made = await self._run(finish)
+        assert isinstance(made, TcpConnection)
+        return made
+
+    async def _run(self, finish: Finish | None) -> Made:
         if self._scope is not None:
             raise trio.BusyResourceError("another task is connecting by this connector")
         if self._state is ConnectorState.CONNECTED:
             self._become(ConnectorState.IDLE)
         try:
             with trio.CancelScope() as self._scope:
-                return await self._connect()
+                return await self._connect(finish)
             raise trio.ClosedResourceError("this connector has been stopped")
         finally:
             self._scope = None
             if self._state not in (ConnectorState.STOPPED, ConnectorState.CONNECTED):
                 self._become(ConnectorState.IDLE)
 
-    async def _connect(self) -> trio.SocketStream:
+    async def _connect(self, finish: Finish | None) -> Made:
         await trio.lowlevel.checkpoint()
         self._check_not_stopped()
         failed: deque[ConnectAttempt] = deque(maxlen=self._max_attempts or REMEMBERED)
@@ -225,8 +227,10 @@ class Connector:
             endpoint = self._rounds.next()
             begun = trio.current_time()
             result = await self._open(endpoint)
+            if finish is not None and isinstance(result, trio.SocketStream):
+                result = await _finished(finish, result, endpoint)
             duration = trio.current_time() - begun
-            if isinstance(result, trio.SocketStream):
+            if not isinstance(result, Exception):
                 self._succeed(number, endpoint, duration, result)
                 return result
             attempt = self._fail(number, endpoint, duration, result)
@@ -276,7 +280,7 @@ class Connector:
             # Woken, it does not hear of a cancellation in the same turn.
             self._check_not_stopped()
 
-    async def _open(self, endpoint: Endpoint) -> trio.SocketStream | Exception:
+    async def _open(self, endpoint: Endpoint) -> Made | Exception:
         """The stream, or what the attempt failed by."""
         timeout = self._connect_timeout or math.inf
         options = self._socket_options
@@ -297,9 +301,7 @@ class Connector:
                 raise
             return without_frames(group)  # noqa: ASYNC910 connect has checkpoints
 
-    def _succeed(
-        self, number: int, endpoint: Endpoint, duration: float, stream: trio.SocketStream
-    ) -> None:
+    def _succeed(self, number: int, endpoint: Endpoint, duration: float, made: Made) -> None:
         self._connected += 1
         self._connected_at = trio.current_time()
         self._proven = False
@@ -308,14 +310,17 @@ class Connector:
                 ConnectAttempt(
                     number=number,
                     endpoint=endpoint,
-                    address=peer_of(stream.socket),
+                    address=peer_of(made.socket),
                     duration=duration,
                     error=None,
                     delay=None,
                 )
             )
         except BaseException:
-            stream.socket.close()
+            if isinstance(made, TcpConnection):
+                made.force_close()
+            else:
+                made.socket.close()
             raise
         self._become(ConnectorState.CONNECTED)
 
@@ -362,47 +367,27 @@ class Connector:
             raise trio.ClosedResourceError("this connector has been stopped")
 
 
-async def open_tcp_connection(
-    host: str | None = None,
-    port: int | None = None,
-    *,
-    name: str | None = None,
-    watermarks: Watermarks = Watermarks(),
-    timeouts: Timeouts = Timeouts(),
-    **options: Unpack[ConnectOptions],
-) -> TcpConnection:
-    """Connect once, with no retry, and give the connection.
-
-    The options are those of `Connector`; of several endpoints each is tried once. Raises
-    `ConnectError`, which is an `OSError`. Cancelled, it leaves no socket open.
-    """
-    check_known("open_tcp_connection", options, ConnectOptions)
-    check_kinds("open_tcp_connection", watermarks=watermarks, timeouts=timeouts)
-    connector = Connector(host, port, name=name or "connection", retry=False, **options)
-    stream = await connector.connect()
+async def _finished(  # noqa: ASYNC910 connect has checkpoints
+    finish: Finish, stream: trio.SocketStream, endpoint: Endpoint
+) -> Made | Exception:
+    """What *finish* makes, or what the attempt failed by."""
     try:
-        return connection_on(stream, name=name, watermarks=watermarks, timeouts=timeouts)
-    except OSError as error:
-        lost = ConnectError(f"connected, and lost at once: {error}", ())
-        lost.errno = error.errno
-        raise lost from error
-
-
-def connection_on(
-    stream: trio.SocketStream, *, name: str | None, watermarks: Watermarks, timeouts: Timeouts
-) -> TcpConnection:
-    """A connection on *stream*, which is closed if there can be none."""
-    try:
-        return TcpConnection(stream, name=name, watermarks=watermarks, timeouts=timeouts)
-    except BaseException:
-        # No descriptor for an epoll object, or no room in it (EMFILE, ENOSPC, ENOMEM).
-        stream.socket.close()
-        raise
+        return await finish(stream, endpoint)
+    except HandshakeFailed as failed:
+        error = failed.__cause__
+        assert isinstance(error, OSError)
+    except OSError as short:
+        # Of what a connection needs beside its socket, and that can pass.
+        error = short
+    return without_frames(error)  # noqa: ASYNC910 as above
 
 
 def _name_of(error: BaseException) -> str:
     """What a failure is counted by."""
     if (inner := members(error)) is not None:
         return _name_of(inner[0])
+    if isinstance(error, ssl.SSLError):
+        # Its numbers are OpenSSL's own.
+        return type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     return errno.errorcode.get(number or 0, type(error).__name__)

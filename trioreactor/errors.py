@@ -82,6 +82,15 @@ class SendBufferFull(TrioReactorError, trio.BrokenResourceError):
     """
 
 
+class HandshakeFailed(TrioReactorError, trio.BrokenResourceError):
+    """TLS could not be begun: the peer refused, was refused, went away, or took too long.
+
+    The connection has been closed with `CloseReason.HANDSHAKE_FAILED`. The `__cause__` is an
+    `OSError` that says why: an `ssl.SSLError`, for a certificate that is not to be trusted an
+    `ssl.SSLCertVerificationError`; or a `TimeoutError`.
+    """
+
+
 class ProtocolError(TrioReactorError):
     """The peer sent what the protocol does not allow. Its connection ends, nothing else does."""
 

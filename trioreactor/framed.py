@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import trio
 
@@ -14,7 +15,9 @@ from trioreactor.codec import MESSAGES_PER_TURN, Codec, check_callback, check_co
 from trioreactor.errors import ProtocolError
 from trioreactor.exception_groups import twin, without_frames
 from trioreactor.heartbeat import Heartbeat, HeartbeatWatch, check_heartbeat
+from trioreactor.state import CloseReason
 from trioreactor.tcp_connection import TcpConnection
+from trioreactor.tls_attributes import TlsOptions
 
 T = TypeVar("T")
 
@@ -240,6 +243,21 @@ class FramedChannel(trio.abc.Channel[T]):
             self._buffer.append(unread)
             raise
         return stream, unread + rest
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, *, server_side: bool, **options: Unpack[TlsOptions]
+    ) -> None:
+        """`TcpConnection.start_tls`, for whose messages follow each other in the open and in TLS.
+
+        `ProtocolError`, and the end of the connection, if more has come in the open than was
+        received: it must not pass for what comes in TLS.
+        """
+        unread = self._buffer.take()
+        if self._messages or unread:
+            self.conn.force_close(CloseReason.PROTOCOL_ERROR)
+            raise ProtocolError("messages came in the open, in front of TLS")
+        self.conn.uncork()
+        await self.conn.start_tls(ssl_context, server_side=server_side, **options)
 
     async def aclose(self) -> None:
         """Send what is on its way, then close the connection: see `TcpConnection.aclose`."""

@@ -11,8 +11,9 @@ import trio
 from trioreactor.buffer import Buffer
 from trioreactor.channel import Channel
 from trioreactor.ending import Ending
+from trioreactor.errors import HandshakeFailed
 from trioreactor.read_half import RECEIVE_SIZE, ReadHalf
-from trioreactor.sockets import broken, reset_on_close
+from trioreactor.sockets import broken, handshake_failed, reset_on_close
 from trioreactor.state import TRANSITIONS, CloseReason, ConnectionState, check_transition
 from trioreactor.watches import Watches
 from trioreactor.write_half import WriteHalf
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from trioreactor.sockets import ConnectedSocket
     from trioreactor.tcp_connection import TcpConnection
     from trioreactor.timer_queue import Timer
+    from trioreactor.tls_socket import TlsSocket
 
 logger = logging.getLogger("trioreactor.connection")
 
@@ -54,6 +56,7 @@ class Lifecycle:
         "read",
         "state",
         "stream",
+        "tls",
         "watches",
         "write",
     )
@@ -76,6 +79,8 @@ class Lifecycle:
         # same descriptor, or the stream was built around our own object.
         self.stream = stream
         self._is_twin = stream is not None
+        # Between the halves and the socket, once it is there.
+        self.tls: TlsSocket | None = None
         self.handler_scope: trio.CancelScope | None = None
         self.ending = Ending(name)
         self._aclosing = False
@@ -150,6 +155,8 @@ class Lifecycle:
         self.draining_callbacks = None
         self.watches.stop()
         self.write.channel.close()
+        if self.tls is not None:
+            self.tls.forget()
         self.write.close()
         self.read.close(self.ending.error() if self.ending.broken else None)
         if self._closed is not None:
@@ -176,6 +183,20 @@ class Lifecycle:
         else:
             self.read.watch_for_end()
         await self._eof.wait()
+
+    # -- TLS
+
+    def begin_tls(self, tls: TlsSocket) -> None:
+        """Put *tls* between the halves and the socket. Nothing is queued."""
+        self.tls = tls
+        self.read.use(tls)
+        self.write.use(tls)
+
+    def fail_tls(self, error: OSError) -> HandshakeFailed:
+        """Close: the handshake failed by *error*. What to raise to who waits for it."""
+        self.ending.broken = handshake_failed(error)
+        self.close(CloseReason.HANDSHAKE_FAILED)
+        return handshake_failed(error)
 
     # -- closing on purpose
 
@@ -250,6 +271,10 @@ class Lifecycle:
         """
         if not self.read.eof or self.write.queued or self._aclosing:
             return False
+        if self.tls is not None:
+            self.write.end_now()
+            if not self.write.eof_sent or self.state is ConnectionState.DISCONNECTED:
+                return False
         self.ending.closed_here = True
         self.close(self._natural_reason())
         return True
@@ -258,6 +283,8 @@ class Lifecycle:
         if self.write.buffer.size:
             self.watches.start_linger()
             await self.write.wait_at_most(0)
+        if self.tls is not None:
+            await self._end_tls(self.tls)
         if self.read.eof or not self.read.has_unread():
             # Closing sends FIN, and the kernel delivers the rest.
             return  # noqa: ASYNC910 as above
@@ -266,6 +293,16 @@ class Lifecycle:
         self.watches.start_linger()
         while self._discard():
             await self.read.wait_readable()
+
+    async def _end_tls(self, tls: TlsSocket) -> None:  # noqa: ASYNC910 aclose has checkpoints
+        """Send close_notify: without it the peer would take what it has got for cut."""
+        # What the peer sends from here on nobody reads, so nothing is missed if that is.
+        tls.https_compatible = True
+        if tls.ready:
+            self.write.end_now()
+        if self.write.eof_wanted:
+            self.watches.start_linger()
+            await self.write.wait_eof_sent()
 
     def _discard(self) -> bool:
         """Read and drop what is there. False once nothing can come.
@@ -286,6 +323,8 @@ class Lifecycle:
 
     def detach(self) -> bytes:
         """Leave the loop without closing the descriptor; return what was read and not consumed."""
+        if self.tls is not None:
+            raise RuntimeError("TLS cannot be taken off a connection again: close it instead")
         self.write.uncork()
         if self.write.buffer.size:
             raise trio.BusyResourceError("data is still queued: await wait_drained() first")

@@ -23,7 +23,7 @@ from trioreactor.unread_input import UnreadInput
 if TYPE_CHECKING:
     from trioreactor.ending import Ending
     from trioreactor.half_owner import HalfOwner
-    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.sockets import DataSocket
     from trioreactor.write_half import WriteHalf
 
 # One read, in bytes. (trio's and asyncio's usual size is 64 KiB to 256 KiB)
@@ -59,7 +59,7 @@ class ReadHalf(UnreadInput):
         self,
         owner: HalfOwner,
         ending: Ending,
-        sock: ConnectedSocket,
+        sock: DataSocket,
         write: WriteHalf,
         receive_limit: int | None,
     ) -> None:
@@ -79,11 +79,9 @@ class ReadHalf(UnreadInput):
         self._context = _NO_CONTEXT
         # Who hears of the end of a dispatch that has no task.
         self._on_end: OnEnd | None = None
-        # The callback is to be called for what an earlier call left, whatever comes.
-        self._owed = False
+        self._owed = False  # the callback is to be called for what an earlier call left
         self._error: BaseException | None = None  # what dispatch has to raise
-        self._closed = False
-        self._interrupted = False
+        self._closed = self._interrupted = False
 
     # -- coroutine mode
 
@@ -138,6 +136,15 @@ class ReadHalf(UnreadInput):
             raise self._ending.error()
         if self._task is not None or self._on_end is not None:
             raise trio.BusyResourceError("another task is already receiving on this connection")
+
+    def claim(self) -> None:
+        """Keep others from reading until `release`; raises if somebody does."""
+        self._begin()
+        self._on_end = lambda _conn, _error: None  # as in a dispatch without a task; not called
+
+    def release(self) -> None:
+        """Others may read."""
+        self._on_end = None
 
     def receive_nowait(self, max_bytes: int) -> bytes | None:
         """What is there, b"" at EOF, or None if there is nothing yet."""
@@ -380,6 +387,7 @@ class ReadHalf(UnreadInput):
             return
         self.channel.want_read()
         self._task = trio.lowlevel.current_task()
+        self.channel.park()
         await trio.lowlevel.wait_task_rescheduled(self._abort)
 
     def start_closing(self) -> None:

@@ -210,6 +210,18 @@ class SendBuffer:
             return Crossing.LOW
         return Crossing.NONE
 
+    def pin(self, n: int) -> None:
+        """The first *n* bytes are as good as written: none of their messages may be dropped."""
+        chunks = self._chunks
+        index = 0
+        while n > 0:
+            chunk = chunks[index]
+            if type(chunk) is Droppable:
+                self.droppable -= len(chunk) + ENTRY_OVERHEAD
+                chunks[index] = memoryview(chunk)
+            n -= len(chunk)
+            index += 1
+
     def refuse(self) -> None:
         """A message is dropped before it is queued."""
         self.dropped += 1

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import socket
+import ssl
 import struct
 import sys
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import trio
 
+from trioreactor.errors import HandshakeFailed
 from trioreactor.exception_groups import members
 from trioreactor.options import Keepalive, SocketOptions
 
@@ -90,19 +92,28 @@ def can_pass(error: BaseException) -> bool:
     """
     if (inner := members(error)) is not None:
         return any(map(can_pass, inner))
+    if isinstance(error, ssl.SSLError):
+        # Its errno is a number of OpenSSL's. A certificate that is not to be trusted stays so.
+        return not isinstance(error, ssl.SSLCertVerificationError)
     if isinstance(error, socket.gaierror):
         return error.errno not in RESOLVE_FINAL_ERRNOS
     return isinstance(error, OSError) and error.errno not in CONNECT_FINAL_ERRNOS
 
 
-class ConnectedSocket(Protocol):
-    """The calls the library makes on a connected, non-blocking socket: the seam for simulation."""
+class DataSocket(Protocol):
+    """What the two halves of a connection call: a connected socket's own, or TLS above one."""
 
-    def fileno(self) -> int: ...
     def recv(self, bufsize: int, flags: int = ..., /) -> bytes: ...
     def send(self, data: bytes | bytearray | memoryview, /) -> int: ...
     def sendmsg(self, buffers: Iterable[bytes | bytearray | memoryview], /) -> int: ...
     def shutdown(self, how: int, /) -> None: ...
+    def getsockopt(self, level: int, option: int, /) -> int: ...
+
+
+class ConnectedSocket(DataSocket, Protocol):
+    """The calls the library makes on a connected, non-blocking socket: the seam for simulation."""
+
+    def fileno(self) -> int: ...
     def close(self) -> None: ...
     def detach(self) -> int: ...
     def getsockname(self) -> Any: ...
@@ -149,8 +160,8 @@ def peer_of(sock: socket.socket | trio.socket.SocketType) -> SocketAddress:
     return peer
 
 
-def peek(sock: ConnectedSocket) -> bytes | None:
-    """A byte of what is unread, which stays unread; b"" at EOF; None if there is nothing.
+def peek(sock: DataSocket) -> bytes | None:
+    """Something of what is unread, which stays unread; b"" at EOF; None if there is nothing.
 
     Raises `OSError` on a broken connection, and takes the kernel's note of the error by that.
     """
@@ -160,7 +171,7 @@ def peek(sock: ConnectedSocket) -> bytes | None:
         return None
 
 
-def pending_error(sock: ConnectedSocket) -> OSError | None:
+def pending_error(sock: DataSocket) -> OSError | None:
     """The kernel's note of an error on *sock*, taken from it; None if it has none."""
     number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return OSError(number, os.strerror(number)) if number else None
@@ -171,6 +182,14 @@ def broken(error: OSError) -> trio.BrokenResourceError:
     # A connection remembers its error: the traceback's frames would hold the connection.
     error.__traceback__ = None
     wrapped = trio.BrokenResourceError(f"the connection broke: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def handshake_failed(error: OSError) -> HandshakeFailed:
+    """The same of what TLS's handshake can raise."""
+    error.__traceback__ = None
+    wrapped = HandshakeFailed(f"the TLS handshake failed: {error}")
     wrapped.__cause__ = error
     return wrapped
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from itertools import count
 from types import TracebackType
 from typing import Self, Unpack
 
 import trio
 
-from trioreactor.address import format_address
 from trioreactor.client_session import ClientSession, end_session
 from trioreactor.client_statistics import ClientStatistics
 from trioreactor.client_waiters import ClientWaiters
 from trioreactor.connect_options import RetryOptions, check_known, check_on_attempt
+from trioreactor.connecting import ConnectionMaker, client_tls, numbered
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
-from trioreactor.connector import Connector, connection_on
+from trioreactor.connector import Connector, Made
 from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
 from trioreactor.options import Timeouts, Watermarks, check_count, check_kinds
-from trioreactor.sockets import peer_of
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
 
@@ -43,6 +42,8 @@ class TcpClient:
       `connection`, `wait_connected`, `send` and `send_all`.
     - ``async for conn in client:`` gives each connection in turn; use it in `session`.
 
+    With an *ssl_context* it has TLS, as of `TcpConnection.start_tls`, for *server_hostname* or the
+    endpoint's host. A handshake that fails is a failed attempt; a wrong certificate, the last one.
     A client belongs to one trio run.
     """
 
@@ -55,13 +56,15 @@ class TcpClient:
         name: str = "client",
         watermarks: Watermarks = Watermarks(),
         timeouts: Timeouts = Timeouts(),
+        ssl_context: ssl.SSLContext | None = None,
+        server_hostname: str | None = None,
+        https_compatible: bool = False,
         **options: Unpack[RetryOptions],
     ) -> None:
         if handler is not None and not callable(handler):
             raise TypeError(f"TcpClient: handler={handler!r}: pass an async function or Callbacks")
         self.name = name
         self._handler = handler
-        self._watermarks = watermarks
         self._timeouts = timeouts
         check_known("TcpClient", options, RetryOptions)
         check_kinds("TcpClient", watermarks=watermarks, timeouts=timeouts)
@@ -69,6 +72,13 @@ class TcpClient:
         check_on_attempt(self._on_attempt)
         self._connector = Connector(
             host, port, name=name, **(options | {"on_attempt": self._attempted})
+        )
+        self._maker = ConnectionMaker(
+            self._connector,
+            tls=client_tls("TcpClient", ssl_context, server_hostname, https_compatible),
+            name_for=numbered(name),
+            watermarks=watermarks,
+            timeouts=timeouts,
         )
         # The one that lives, or has ended and is not counted yet.
         self._connection: TcpConnection | None = None
@@ -86,7 +96,6 @@ class TcpClient:
         # When the connection was made.
         self._connected_at = 0.0
         self._waiters = ClientWaiters()
-        self._serial = count(1)
         self._counters = ConnectionCounters()
         self._block: AbstractAsyncContextManager[None] | None = None
 
@@ -333,9 +342,9 @@ class TcpClient:
         try:
             if self._connection is not None:
                 await self._leave(self._connection)
-            while (stream := await self._connect()) is not None:
+            while (made := await self._connect()) is not None:
                 try:
-                    return self._enter(stream)
+                    return self._enter(made)
                 except OSError as error:
                     # What a connection needs beside its socket is short, and that can pass.
                     if not self.retry:
@@ -347,14 +356,14 @@ class TcpClient:
         self._end()
         return None
 
-    async def _connect(self) -> trio.SocketStream | None:
+    async def _connect(self) -> Made | None:
         await trio.lowlevel.checkpoint()
         if not self._wanted or self._stopped or (self._made_one and not self.retry):
             return None
-        stream: trio.SocketStream | None = None
+        made: Made | None = None
         try:
             with trio.CancelScope() as self._connecting:
-                stream = await self._connector.connect()
+                made = await self._maker.connect()
         except ConnectError:
             if self._wanted:
                 raise
@@ -367,21 +376,15 @@ class TcpClient:
             return None
         finally:
             self._connecting = None
-        if stream is not None and not self._wanted:
+        if made is not None and not self._wanted:
             # Disconnected in the very turn that connected it.
-            stream.socket.close()
+            self._maker.discard(made)
             return None
-        return stream
+        return made
 
     @trio.lowlevel.enable_ki_protection
-    def _enter(self, stream: trio.SocketStream) -> TcpConnection:
-        where = format_address(peer_of(stream.socket))
-        conn = connection_on(
-            stream,
-            name=f"{self.name}-{where}#{next(self._serial)}",
-            watermarks=self._watermarks,
-            timeouts=self._timeouts,
-        )
+    def _enter(self, made: Made) -> TcpConnection:
+        conn = self._maker.connection(made)
         conn.handler_scope = trio.CancelScope()
         self._counters.opened += 1
         self._connected_at = trio.current_time()
@@ -404,6 +407,7 @@ class TcpClient:
         conn.handler_scope = None
         if conn is self._connection:
             self._connection = None
+            self._maker.ended(conn)
             self._counters.count_end(conn)
             assert conn.close_reason is not None
             lived = trio.current_time() - self._connected_at

@@ -31,6 +31,7 @@ from trioreactor.socket_attributes import SocketAttributes
 from trioreactor.sockets import ConnectedSocket, peer_of, stdlib_twin
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.timing_attributes import TimingAttributes
+from trioreactor.tls_attributes import TlsAttributes
 
 
 class TcpConnection(
@@ -40,12 +41,14 @@ class TcpConnection(
     SendingAttributes,
     SocketAttributes,
     TimingAttributes,
+    TlsAttributes,
     trio.abc.HalfCloseableStream,
 ):
     """An established connection, over TCP or a Unix socket: a `trio.abc.HalfCloseableStream`.
 
     It owns *stream* from here on and closes it. Nobody else may read, write or close that stream
-    before `detach`. Not reusable: a closed connection stays closed. Use it from the trio run it
+    before `detach`. In the *state* CONNECTING it waits for `opened`: nothing may be sent, and no
+    deadline runs. Not reusable: a closed connection stays closed. Use it from the trio run it
     was made in; from other threads go through `EventLoop.queue_in_loop`.
 
     Errors: `trio.ClosedResourceError` after we closed, `trio.BrokenResourceError` after the peer or
@@ -81,11 +84,12 @@ class TcpConnection(
         name: str | None = None,
         watermarks: Watermarks = Watermarks(),
         timeouts: Timeouts = Timeouts(),
+        state: ConnectionState = ConnectionState.CONNECTED,
     ) -> None:
         sock = stdlib_twin(stream.socket)
         try:
             self._set_up(
-                sock, stream, sock.getsockname(), peer_of(sock), name, watermarks, timeouts
+                sock, stream, sock.getsockname(), peer_of(sock), name, watermarks, timeouts, state
             )
         except BaseException:
             sock.detach()
@@ -103,10 +107,7 @@ class TcpConnection(
         timeouts: Timeouts = Timeouts(),
         state: ConnectionState = ConnectionState.CONNECTED,
     ) -> TcpConnection:
-        """Make one, as the server does, from a connected, non-blocking standard socket.
-
-        In the *state* CONNECTING it waits for `opened`: nothing may be sent, and no deadline runs.
-        """
+        """Make one, as the server does, from a connected, non-blocking standard socket."""
         self = cls.__new__(cls)
         self._set_up(sock, None, local_address, peer_address, name, watermarks, timeouts, state)
         return self
@@ -120,7 +121,7 @@ class TcpConnection(
         name: str | None,
         watermarks: Watermarks,
         timeouts: Timeouts,
-        state: ConnectionState = ConnectionState.CONNECTED,
+        state: ConnectionState,
     ) -> None:
         self.local_address = local_address
         self.peer_address = peer_address
@@ -365,7 +366,8 @@ class TcpConnection(
         """Hand the socket back, with what was read from it and not consumed.
 
         The connection is closed after this, but the stream is open and yours. Raises
-        `trio.BusyResourceError` if data is still queued or a task is receiving.
+        `trio.BusyResourceError` if data is still queued or a task is receiving, `RuntimeError`
+        with TLS, which stays here.
         """
         stream = self.stream
         return stream, self._life.detach()

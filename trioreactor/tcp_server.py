@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -51,8 +52,13 @@ class TcpServer:
     or leave out the new message or the oldest ones; *on_drop* is then called with the connection
     and how many it lost.
 
+    With an *ssl_context* a connection is the handler's when TLS's handshake is done, as by
+    `TcpConnection.start_tls`: `TcpConnection.tls` then tells of it. It has `Timeouts.handshake`
+    seconds, in a task of its own.
+
     *watchdog* is how many seconds one turn of the loop may take before `LoopWatchdog` warns of who
     holds it, while this serves; None for no watchdog. (0.1 s: asyncio's slow_callback_duration)
+
     With *loops*, an `EventLoopThreadPool` that runs, this loop accepts and the pool's serve: each
     connection lives in one of theirs, handler, callbacks and *on_drop* included, and only there may
     anything be done with it (`TcpConnection.loop`). `broadcast`, `statistics` and `connections`
@@ -75,6 +81,8 @@ class TcpServer:
         socket_options: SocketOptions = SocketOptions(),
         overflow: Overflow = "close",
         on_drop: Callable[[TcpConnection, int], object] | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        https_compatible: bool = False,
         watchdog: float | None = DEFAULT_THRESHOLD,
         loops: LoopPool | None = None,
     ) -> None:
@@ -113,6 +121,13 @@ class TcpServer:
         self._may_accept.set()
         # What comes before a connection is the handler's, in this order.
         steps: list[Opening] = []
+        self._ssl_context: ssl.SSLContext | None = None
+        self._https_compatible = https_compatible
+        if ssl_context is None and https_compatible:
+            raise TypeError("TcpServer: https_compatible wants an ssl_context")
+        if ssl_context is not None:
+            self.ssl_context = ssl_context
+            steps.append(self._start_tls)
         service = Service(
             handler=handler,
             opening=in_order(steps),
@@ -148,6 +163,27 @@ class TcpServer:
     @limits.setter
     def limits(self, limits: Limits) -> None:
         self._limiter.limits = limits
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """What TLS begins with; None in a server without. It may be set while serving, with a new
+        certificate for instance: it holds for newcomers.
+        """
+        return self._ssl_context
+
+    @ssl_context.setter
+    def ssl_context(self, ssl_context: ssl.SSLContext) -> None:
+        if not isinstance(ssl_context, ssl.SSLContext):
+            raise TypeError(f"TcpServer(ssl_context={ssl_context!r}): pass an ssl.SSLContext")
+        if self._started and self._ssl_context is None:
+            raise RuntimeError("this server serves without TLS: make one with ssl_context=...")
+        self._ssl_context = ssl_context
+
+    async def _start_tls(self, conn: TcpConnection) -> None:
+        assert self._ssl_context is not None
+        await conn.start_tls(
+            self._ssl_context, server_side=True, https_compatible=self._https_compatible
+        )
 
     def statistics(self) -> ServerStatistics:
         """The counters as they are now."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trioreactor.channel import Channel
     from trioreactor.connection_callbacks import OnMessage
     from trioreactor.half_owner import HalfOwner
-    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.sockets import DataSocket
 
 
 class UnreadInput:
@@ -34,7 +34,7 @@ class UnreadInput:
 
     channel: Channel
 
-    def __init__(self, owner: HalfOwner, sock: ConnectedSocket) -> None:
+    def __init__(self, owner: HalfOwner, sock: DataSocket) -> None:
         # Replaced by `GONE` at the close.
         self._owner: HalfOwner = owner
         self._sock = sock
@@ -52,6 +52,10 @@ class UnreadInput:
         self.reset_error: OSError | None = None
         # Somebody wants to hear of the EOF without reading.
         self._watching = False
+
+    def use(self, sock: DataSocket) -> None:
+        """Read from *sock* from now on: TLS begins."""
+        self._sock = sock
 
     @property
     def busy(self) -> bool:

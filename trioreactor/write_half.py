@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from trioreactor.send_buffer import bytes_view
+from trioreactor.send_buffer import ENTRY_OVERHEAD, bytes_view
 from trioreactor.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from trioreactor.ending import Ending
     from trioreactor.half_owner import HalfOwner
     from trioreactor.options import Watermarks
-    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.sockets import DataSocket
+    from trioreactor.tls_socket import TlsSocket
 
 
 class WriteHalf(WriteQueue):
@@ -29,7 +30,7 @@ class WriteHalf(WriteQueue):
         self,
         owner: HalfOwner,
         ending: Ending,
-        sock: ConnectedSocket,
+        sock: DataSocket,
         watermarks: Watermarks,
     ) -> None:
         super().__init__(owner, ending, sock, watermarks)
@@ -100,6 +101,18 @@ class WriteHalf(WriteQueue):
         finally:
             self._sending = False
 
+    def takes(self, n: int) -> bool:
+        """Whether *n* bytes may be sent by one who heeds the marks: not congested, and they have
+        room, or never will. What may be dropped is in nobody's way.
+        """
+        if self.open and not self._accepting:
+            return False
+        buffer = self.buffer
+        if buffer.congested and (not buffer.droppable or buffer.must_go > buffer.low):
+            return False
+        held = 0 if self.held is None else len(self.held) + ENTRY_OVERHEAD
+        return buffer.could_have_room(held + n) or not buffer.can_ever_hold(n)
+
     async def wait_uncongested(self, n: int = 0) -> None:  # noqa: ASYNC910 it parks otherwise
         """Wait until it `takes` *n* bytes. Any number of tasks may."""
         if self.takes(n):
@@ -141,13 +154,50 @@ class WriteHalf(WriteQueue):
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             self.end()
-            while self._eof_wanted and not self._closing:
+            while self.eof_wanted and not self._closing:
                 await self._park()
             if not self.eof_sent:
                 raise self._ending.error()
             await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._sending = False
+
+    def use(self, tls: TlsSocket) -> None:
+        """Write to *tls* from now on. Nothing is queued."""
+        self._sock = self._tls = tls
+
+    def hold(self) -> None:
+        """Take nothing until `release`, while `open`: what is sent would come into the middle of
+        something, a handshake or a message.
+        """
+        self._accepting = False
+
+    def release(self) -> None:
+        """Take what is sent again, if that was not ended meanwhile."""
+        self._accepting = self.open
+        self.wake()
+
+    def claim(self) -> None:
+        """Keep others from sending until `unclaim`; raises if a task sends."""
+        self._begin()
+        self.hold()
+
+    def unclaim(self, *, hold: bool) -> None:
+        """Others may send, unless it stays on *hold*."""
+        self._sending = False
+        if not hold:
+            self.release()
+
+    async def wait_flushed(self, tls: TlsSocket) -> None:  # noqa: ASYNC910 callers have checkpoints
+        """Wait until the kernel has what TLS itself has to send, or the half has failed."""
+        while tls.unsent and not self._failed:
+            self.channel.want_write()
+            await self._park()
+
+    async def wait_eof_sent(self) -> None:  # noqa: ASYNC910 callers have checkpoints
+        """Wait until an EOF that is wanted is sent, or the half has failed."""
+        while self.eof_wanted:
+            await self._park()
 
     async def _park(self) -> None:
         if self._lot is None:

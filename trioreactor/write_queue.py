@@ -10,7 +10,6 @@ import trio
 from trioreactor.errors import SendBufferFull
 from trioreactor.half_owner import GONE
 from trioreactor.send_buffer import (
-    ENTRY_OVERHEAD,
     Crossing,
     Droppable,
     SendBuffer,
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
     from trioreactor.ending import Ending
     from trioreactor.half_owner import HalfOwner
     from trioreactor.options import Watermarks
-    from trioreactor.sockets import ConnectedSocket
+    from trioreactor.sockets import DataSocket
     from trioreactor.stall_watch import StallWatch
+    from trioreactor.tls_socket import TlsSocket
 
 # Gather writes in one go before others have their turn: at most a megabyte, with the buffer's own
 # bound on each.
@@ -44,17 +44,18 @@ class WriteQueue:
         "_accepting",
         "_closing",
         "_ending",
-        "_eof_wanted",
         "_failed",
         "_lot",
         "_owner",
         "_sock",
+        "_tls",
         "_turn",
         "buffer",
         "bytes_sent",
         "channel",
         "corked",
         "eof_sent",
+        "eof_wanted",
         "held",
         "moved",
         "notify_complete",
@@ -68,12 +69,13 @@ class WriteQueue:
         self,
         owner: HalfOwner,
         ending: Ending,
-        sock: ConnectedSocket,
+        sock: DataSocket,
         watermarks: Watermarks,
     ) -> None:
         self._owner: HalfOwner = owner  # replaced by `GONE` at the close
         self._ending = ending
         self._sock = sock
+        self._tls: TlsSocket | None = None  # the same, once it is one
         self.buffer = SendBuffer(watermarks)
         self.bytes_sent = 0
         # False once `end` or `fail` was called: nothing new may be sent.
@@ -84,7 +86,7 @@ class WriteQueue:
         # `aclose` has begun: whoever waits for room hears of it at once.
         self._closing = False
         self.eof_sent = False
-        self._eof_wanted = False
+        self.eof_wanted = False  # once all that is queued has gone
         # Somebody wants `on_write_complete`.
         self.notify_complete = False
         # Gather what is sent, until `uncork`.
@@ -262,29 +264,6 @@ class WriteQueue:
             self.buffer.append(self.held)
             self.held = None
 
-    def takes(self, n: int) -> bool:
-        """Whether *n* bytes may be sent by one who heeds the marks: not congested, and they have
-        room, or never will. What may be dropped is in nobody's way.
-        """
-        if self.open and not self._accepting:
-            return False
-        buffer = self.buffer
-        if buffer.congested and (not buffer.droppable or buffer.must_go > buffer.low):
-            return False
-        held = 0 if self.held is None else len(self.held) + ENTRY_OVERHEAD
-        return buffer.could_have_room(held + n) or not buffer.can_ever_hold(n)
-
-    def hold(self) -> None:
-        """Take nothing until `release`, while `open`: what is sent would come into the middle of
-        something, a handshake or a message.
-        """
-        self._accepting = False
-
-    def release(self) -> None:
-        """Take what is sent again, if that was not ended meanwhile."""
-        self._accepting = self.open
-        self.wake()
-
     def _refusal(self) -> Exception:
         if self.open:
             return trio.BusyResourceError(
@@ -305,6 +284,16 @@ class WriteQueue:
         """The kernel takes data again."""
         if self.buffer.size:
             self.flush()
+        elif self._tls is not None:
+            self._flush_tls(self._tls)
+
+    def _flush_tls(self, tls: TlsSocket) -> None:
+        """With nothing queued, what TLS itself has to send."""
+        if self.eof_wanted and tls.ready:
+            self._send_eof()
+        else:
+            tls.flush_by_the_way()
+        self.wake()
 
     def flush(self) -> None:
         """Write what is queued, until the kernel takes no more or it is others' turn."""
@@ -350,13 +339,15 @@ class WriteQueue:
     def _emptied(self) -> None:
         if self.stall_watch is not None:
             self.stall_watch.stop()
-        if self._eof_wanted:
+        if self.eof_wanted:
             self._send_eof()
         if self.notify_complete:
             self._owner.on_write_complete()
 
     def _wait_for_room(self) -> None:
         """The kernel takes no more for now."""
+        if self._tls is not None:
+            self.buffer.pin(self._tls.ahead)
         self.channel.want_write()
         if self.stall_watch is not None:
             self.stall_watch.start(self.channel.poller)
@@ -367,7 +358,7 @@ class WriteQueue:
         """Send EOF after everything that is queued. No more sends. Idempotent."""
         if self.open:
             self._stop_accepting()
-            self._eof_wanted = True
+            self.eof_wanted = True
             if not self.buffer.size:
                 self._send_eof()
 
@@ -377,12 +368,19 @@ class WriteQueue:
             self._send_eof()
 
     def _send_eof(self) -> None:
-        self._eof_wanted = False
+        self.eof_wanted = False
         try:
             self._sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            # TLS has something to say first.
+            self.eof_wanted = True
+            self._wait_for_room()
+            return
         except OSError as error:
             self._owner.on_send_failed(error)
             return
+        if self.stall_watch is not None:
+            self.stall_watch.stop()
         self.eof_sent = True
         self._owner.on_eof_sent()
 
@@ -402,7 +400,7 @@ class WriteQueue:
         """Nothing can be sent any more: drop what is queued and wake everybody. Idempotent."""
         self.open = self._accepting = False
         self._failed = True
-        self._eof_wanted = False
+        self.eof_wanted = False
         self.corked = False
         self.held = None
         self.buffer.clear()

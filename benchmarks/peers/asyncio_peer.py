@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, cast
@@ -23,12 +24,14 @@ from common import (
     answer_lines,
     listening_socket,
     main,
+    tls_context,
     whole_lines,
     works,
 )
 
 Main = Callable[[], Coroutine[Any, Any, None]]
 Run = Callable[[Main], None]
+Context = ssl.SSLContext | None
 
 
 def on_asyncio(serve: Main) -> None:
@@ -49,7 +52,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 OVER = (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError, FramingError)
 
 
-async def serve_streams(handler: Handler) -> None:
+async def serve_streams(handler: Handler, context: Context = None) -> None:
     async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await handler(reader, writer)
@@ -60,7 +63,7 @@ async def serve_streams(handler: Handler) -> None:
 
     # Without a backlog it would listen anew, with its own.
     server = await asyncio.start_server(
-        guarded, sock=listening_socket(), backlog=BACKLOG, limit=MAX_MESSAGE
+        guarded, sock=listening_socket(), backlog=BACKLOG, limit=MAX_MESSAGE, ssl=context
     )
     await server.serve_forever()
 
@@ -124,10 +127,14 @@ async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 # -- protocols
 
 
-async def serve_protocol(factory: Callable[[], asyncio.BaseProtocol]) -> None:
+async def serve_protocol(
+    factory: Callable[[], asyncio.BaseProtocol], context: Context = None
+) -> None:
     loop = asyncio.get_running_loop()
     # Without a backlog it would listen anew, with its own.
-    server = await loop.create_server(factory, sock=listening_socket(), backlog=BACKLOG)
+    server = await loop.create_server(
+        factory, sock=listening_socket(), backlog=BACKLOG, ssl=context
+    )
     await server.serve_forever()
 
 
@@ -218,27 +225,33 @@ class Chat(Conversation):
 
 
 def stream_works(run: Run) -> Works:
-    return works(
-        lambda handler: run(partial(serve_streams, handler)),
-        echo=echo,
-        lines=lines,
-        framed=framed,
-        sink=sink,
-        source=source,
-        broadcast=chat,
-    )
+    return {
+        **works(
+            lambda handler: run(partial(serve_streams, handler)),
+            echo=echo,
+            lines=lines,
+            framed=framed,
+            sink=sink,
+            source=source,
+            broadcast=chat,
+        ),
+        "tls": lambda: run(partial(serve_streams, echo, tls_context())),
+    }
 
 
 def protocol_works(run: Run) -> Works:
-    return works(
-        lambda factory: run(partial(serve_protocol, factory)),
-        echo=Echo,
-        lines=partial(Conversation, answer_lines),
-        framed=partial(Conversation, answer_frames),
-        sink=Sink,
-        source=Source,
-        broadcast=Chat,
-    )
+    return {
+        **works(
+            lambda factory: run(partial(serve_protocol, factory)),
+            echo=Echo,
+            lines=partial(Conversation, answer_lines),
+            framed=partial(Conversation, answer_frames),
+            sink=Sink,
+            source=Source,
+            broadcast=Chat,
+        ),
+        "tls": lambda: run(partial(serve_protocol, Echo, tls_context())),
+    }
 
 
 if __name__ == "__main__":

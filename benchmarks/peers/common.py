@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +45,15 @@ def listening_socket() -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     announce(sock.getsockname()[1])
     return sock
+
+
+def tls_context() -> ssl.SSLContext:
+    """What those who serve TLS do so with."""
+    import trustme
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("localhost").configure_cert(context)
+    return context
 
 
 # -- the command line

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import trio
 from common import (
@@ -15,27 +17,32 @@ from common import (
     answer_lines,
     listening_socket,
     main,
+    tls_context,
     whole_lines,
     works,
 )
 
-Handler = Callable[[trio.SocketStream], Awaitable[object]]
+Handler = Callable[[Any], Awaitable[object]]
 
 
-def serve(handler: Handler) -> None:
-    async def guarded(stream: trio.SocketStream) -> None:
+def serve(handler: Handler, context: ssl.SSLContext | None = None) -> None:
+    async def guarded(stream: trio.abc.Stream) -> None:
         # What leaves a handler ends the whole server.
         with suppress(trio.BrokenResourceError, FramingError):
             await handler(stream)
 
     async def serve_listener() -> None:
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening_socket()))
+        listener: trio.abc.Listener[Any] = trio.SocketListener(
+            trio.socket.from_stdlib_socket(listening_socket())
+        )
+        if context is not None:
+            listener = trio.SSLListener(listener, context)
         await trio.serve_listeners(guarded, [listener])
 
     trio.run(serve_listener)
 
 
-async def echo(stream: trio.SocketStream) -> None:
+async def echo(stream: trio.abc.Stream) -> None:
     async for chunk in stream:
         await stream.send_all(chunk)
 
@@ -93,14 +100,17 @@ async def chat(stream: trio.SocketStream) -> None:
 if __name__ == "__main__":
     main(
         {
-            "streams": works(
-                serve,
-                echo=echo,
-                lines=partial(converse, answer_lines),
-                framed=partial(converse, answer_frames),
-                sink=sink,
-                source=source,
-                broadcast=chat,
-            )
+            "streams": {
+                **works(
+                    serve,
+                    echo=echo,
+                    lines=partial(converse, answer_lines),
+                    framed=partial(converse, answer_frames),
+                    sink=sink,
+                    source=source,
+                    broadcast=chat,
+                ),
+                "tls": lambda: serve(echo, tls_context()),
+            }
         }
     )

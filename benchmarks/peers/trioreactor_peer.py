@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 from common import (
@@ -13,6 +14,7 @@ from common import (
     answer_lines,
     listening_socket,
     main,
+    tls_context,
 )
 
 from trioreactor import (
@@ -35,14 +37,18 @@ frames = LengthHeaderCodec(max_frame=MAX_MESSAGE)
 news = LineCodec(None, ending="\n", max_frame=MAX_MESSAGE)
 
 
-def new_server(handler: Handler, *, limit: int | None = None) -> TcpServer:
+def new_server(handler: Handler, *, limit: int | None = None, **options: Any) -> TcpServer:
     acceptor = Acceptor(listening_socket())
     watermarks = Watermarks() if limit is None else Watermarks(limit=limit)
-    return TcpServer(handler, listeners=[acceptor], watermarks=watermarks)
+    return TcpServer(handler, listeners=[acceptor], watermarks=watermarks, **options)
 
 
 def serve(handler: Handler) -> Callable[[], None]:
     return lambda: trio.run(new_server(handler).serve)
+
+
+def serve_tls(handler: Handler) -> Callable[[], None]:
+    return lambda: trio.run(new_server(handler, ssl_context=tls_context()).serve)
 
 
 def serve_broadcast(make_handler: Callable[[Callable[[bytes], object]], Handler]) -> None:
@@ -177,6 +183,7 @@ if __name__ == "__main__":
         {
             "dispatch": {
                 "echo": serve(Callbacks(message=send_back, low_water_mark=read_on)),
+                "tls": serve_tls(Callbacks(message=send_back, low_water_mark=read_on)),
                 "lines": serve(Callbacks(message=answer, low_water_mark=read_on)),
                 "framed": serve(
                     Callbacks(message=frames.on_message(send_back_frame), low_water_mark=read_on)
@@ -189,6 +196,7 @@ if __name__ == "__main__":
             },
             "send": {
                 "echo": serve(echo_send),
+                "tls": serve_tls(echo_send),
                 "lines": serve(answer_send),
                 "framed": serve(frames_send),
                 "sink": serve(sink),
@@ -197,6 +205,7 @@ if __name__ == "__main__":
             },
             "send_all": {
                 "echo": serve(echo_send_all),
+                "tls": serve_tls(echo_send_all),
                 "lines": serve(answer_send_all),
                 "framed": serve(frames_send_all),
                 "sink": serve(sink),
