@@ -76,11 +76,6 @@ class Driver:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.descriptors = sys.maxsize if most == resource.RLIM_INFINITY else most
-        self.most_connections = most - 64
-        load = _built("load", build)
-        self._load = [str(load)] if load else PYTHON_LOAD
-        self._floor = _built("floor", build)
-        self.redis_benchmark = shutil.which("redis-benchmark")
         self.notes: list[str] = []
         self.load_is_slow = False
         try:

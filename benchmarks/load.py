@@ -220,8 +220,6 @@ class Load:
                 room.register(conn.sock, select.POLLOUT)
                 if not room.poll(PATIENCE * 1000):
                     fail(f"nothing is read within {PATIENCE:g} s")
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                continue
 
     def ask(self, conn: Conn) -> None:
         """Begin a burst."""

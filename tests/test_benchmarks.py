@@ -612,6 +612,8 @@ def test_the_kernels_version_is_short(part: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report.platform, "system", lambda: "Linux")
     monkeypatch.setattr(report.platform, "release", lambda: "6.18.3-a.machine+12")
     assert report.system() == "Linux 6.18"
+
+
 def test_loops() -> None:
     """A row for each work and number of loops, with figures."""
     result = subprocess.run(

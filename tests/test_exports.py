@@ -18,6 +18,13 @@ import trioreactor
 pytestmark = pytest.mark.pure
 
 NAMES = {
+    "ServeOptions",
+    "Supervisor",
+    "SupervisorStatistics",
+    "WorkerOptions",
+    "WorkerStartError",
+    "run_workers",
+    "serve_until_signalled",
     "Acceptor",
     "AcceptorStatistics",
     "Backoff",

@@ -23,6 +23,7 @@ from trioreactor.errors import (
     ReceiveBufferFull,
     SendBufferFull,
     TrioReactorError,
+    WorkerStartError,
 )
 from trioreactor.event_loop import EventLoop
 from trioreactor.event_loop_thread_pool import EventLoopThreadPool
@@ -39,14 +40,18 @@ from trioreactor.line_codecs import DelimiterCodec, JsonLinesCodec, LineCodec
 from trioreactor.listen import open_acceptors, open_tcp_acceptors, open_unix_acceptor
 from trioreactor.loop_watchdog import LoopWatchdog
 from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
+from trioreactor.serve_options import ServeOptions
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.service_notifier import ServiceNotifier
+from trioreactor.signals import run_workers, serve_until_signalled
 from trioreactor.sockets import TcpInfo
 from trioreactor.state import CloseReason, ConnectionState, ConnectorState
 from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 from trioreactor.tls import TlsInfo
+from trioreactor.worker_options import WorkerOptions
+from trioreactor.workers import Supervisor, SupervisorStatistics
 
 __version__ = "0.4.0"
 
@@ -104,6 +109,13 @@ __all__ = [
     "Keepalive",
     # the loop
     "EventLoop",
+    # processes
+    "Supervisor",
+    "SupervisorStatistics",
+    "ServeOptions",
+    "WorkerOptions",
+    "run_workers",
+    "serve_until_signalled",
     "LoopWatchdog",
     # the service manager
     "ServiceNotifier",
@@ -123,4 +135,5 @@ __all__ = [
     "IncompleteFrame",
     "ReceiveBufferFull",
     "IllegalStateTransition",
+    "WorkerStartError",
 ]

@@ -1,26 +1,24 @@
-"""The command line: the classic servers, and the demo."""
+"""The command line: a program of the user's own, the classic servers, and the demo."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import platform
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from importlib import metadata
-from typing import NoReturn
 
 import trio
 
 import trioreactor
-from trioreactor import demo
+from trioreactor import demo, serve_command
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import format_address
 from trioreactor.classic import SERVICES, until_drained
+from trioreactor.command_line import Parser, count, forget_stdout, say, seconds
 from trioreactor.listen import open_tcp_acceptors
 from trioreactor.server_statistics import DrainReport
 from trioreactor.tcp_server import TcpServer
@@ -34,6 +32,7 @@ A structured-concurrency TCP toolkit for trio, tried from the command line.
 start here:
   trioreactor demo                what the library does, measured on this machine in seconds
   trioreactor echo --port 7007    a server to talk to: nc 127.0.0.1 7007
+  trioreactor serve app:handler   a program of yours, with worker processes if you like
 """
 
 _SERVICE_DESCRIPTION = """\
@@ -61,12 +60,6 @@ exit code:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's several."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _make_parser()
@@ -75,9 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return demo.main() if arguments.command == "demo" else _serve(arguments)
+        match arguments.command:
+            case "demo":
+                return demo.main()
+            case "serve":
+                return serve_command.run(arguments)
+            case _:
+                return _serve(arguments)
     except BrokenPipeError:
-        _forget_stdout()
+        forget_stdout()
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="trioreactor", description=_DESCRIPTION, formatter_class=layout)
+    parser = Parser(prog="trioreactor", description=_DESCRIPTION, formatter_class=layout)
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     commands.add_parser(
@@ -101,6 +100,14 @@ def _make_parser() -> argparse.ArgumentParser:
             "print what was measured. Exit code 0 if everything held, 1 if something did not."
         ),
     )
+    serve = commands.add_parser(
+        "serve",
+        help=serve_command.HELP,
+        description=serve_command.DESCRIPTION,
+        epilog=serve_command.EPILOG,
+        formatter_class=layout,
+    )
+    serve_command.add_arguments(serve)
     for name, service in SERVICES.items():
         # For root only below 1024.
         port = 7000 + service.well_known_port
@@ -139,7 +146,7 @@ def _make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--drain-seconds",
-            type=_seconds,
+            type=seconds,
             default=_DRAIN_SECONDS,
             metavar="S",
             help="how long connections may take to end after the first signal "
@@ -162,16 +169,6 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: pass 0 to 65535")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: pass a number of seconds")
-    return seconds
 
 
 class _CannotListenError(Exception):
@@ -229,13 +226,13 @@ class _ServiceRun:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._server.serve)
                 where = ", ".join(map(format_address, self._server.addresses))
-                _say(
+                say(
                     f"{self._name} ({self._mode} mode) listens on {where}; "
                     "Ctrl-C drains and ends it"
                 )
                 first = signal.Signals(await anext(signals))
                 await self._drain(first, signals)
-        _say(self._closing_line(trio.current_time() - begun))
+        say(self._closing_line(trio.current_time() - begun))
         if self._second is not None:
             return 128 + self._second
         return 1 if self._report.forced else 0
@@ -243,8 +240,8 @@ class _ServiceRun:
     async def _drain(self, first: signal.Signals, signals: AsyncIterator[int]) -> None:
         left = len(self._server.connections)
         if left:
-            _say(
-                f"{first.name}: draining {_count(left, 'connection')}, at most "
+            say(
+                f"{first.name}: draining {count(left, 'connection')}, at most "
                 f"{self._grace:g} s; once more ends at once"
             )
         async with trio.open_nursery() as nursery:
@@ -261,7 +258,7 @@ class _ServiceRun:
         statistics = self._server.statistics()
         reasons = ", ".join(f"{count} {why.value}" for why, count in statistics.closed.items())
         parts = [
-            f"{_count(statistics.opened, 'connection')}{f' ({reasons})' if reasons else ''}",
+            f"{count(statistics.opened, 'connection')}{f' ({reasons})' if reasons else ''}",
             f"{statistics.bytes_received} bytes received, {statistics.bytes_sent} sent",
         ]
         if statistics.shed:
@@ -273,22 +270,3 @@ class _ServiceRun:
                 f"drained in {self._report.seconds:.2f} s, {len(self._report.forced)} by force"
             )
         return f"{self._name}: {'; '.join(parts)}; ran {seconds:.1f} s"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _say(text: str) -> None:
-    # Whoever reads the output may have gone (`| head -1`): that is no reason to stop serving.
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _forget_stdout()
-
-
-def _forget_stdout() -> None:
-    """Let nothing more fail on a stdout that nobody reads, the interpreter's last flush too."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)

@@ -119,3 +119,17 @@ class ReceiveBufferFull(ProtocolError):
             f"on_message left {size} bytes unconsumed, and receive_limit is {limit}: raise "
             "Watermarks(receive_limit=...), or call stop_reading() to wait on purpose"
         )
+
+
+class WorkerStartError(TrioReactorError):
+    """A worker process did not get ready to serve: its text says why, in a line."""
+
+    details: str
+    """The traceback of an error of the program's own; else empty."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason, details)
+        self.details = details
+
+    def __str__(self) -> str:
+        return str(self.args[0])

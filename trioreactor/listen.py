@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -91,6 +92,19 @@ async def open_acceptors(
             sock = inherited[place]
             acceptors.append(Acceptor(sock, batch=batch, socket_options=socket_options))
     return list(chain.from_iterable(opened))
+
+
+def open_sharing(
+    acceptor: Acceptor,
+    socket_options: SocketOptions = SocketOptions(),
+    batch: int | None = DEFAULT_BATCH,
+) -> Acceptor:
+    """Another listening socket, with a queue of its own, on the port of *acceptor*, which must have
+    been opened with `SocketOptions.reuse_port`. The kernel deals newcomers out among them.
+    """
+    family = acceptor.socket.family
+    sock = _bind(family, acceptor.address, replace(socket_options, reuse_port=True))
+    return Acceptor(sock, batch=batch, socket_options=socket_options)
 
 
 async def open_tcp_acceptors(

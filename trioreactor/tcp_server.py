@@ -112,6 +112,8 @@ class TcpServer:
         self._unwind = _UNWIND if timeouts.linger is None else timeouts.linger
         self._broadcaster = Broadcaster("TcpServer", overflow, on_drop)
         self._limiter = ConnectionLimiter(limits)
+        self.loops = loops
+        """The pool whose loops serve the connections; None if they all live in the server's own."""
         self._acceptors: list[Acceptor] = []
         self._started = False
         # No more connections are wanted: close, drain, or the end of serve.
@@ -317,11 +319,23 @@ class TcpServer:
         self._stop_listening()
         self._connections.force_close(CloseReason.FORCED)
 
+    def stop_listening(self, *, take_waiting: bool = True) -> None:
+        """Close the listening sockets; connections live on, and `serve` returns after the last of
+        them. Idempotent.
+
+        Those that wait in the backlog are taken first, as far as the limits let them in, for to
+        their clients they are connected. Pass ``take_waiting=False`` where another process
+        listens on the same sockets and will take them.
+        """
+        if take_waiting and not self._ending:
+            for acceptor in self._acceptors:
+                self._accept(acceptor, _LAST_CALL)
+        self._stop_listening()
+
     async def drain(self, grace: float) -> DrainReport:
         """Stop accepting, let the connections finish, and close what has not after *grace* seconds.
 
-        Those that wait in the backlog are still taken, as far as the limits let them in, for to
-        their clients they are connected.
+        Those that wait in the backlog are still taken, unless `stop_listening` was called before.
         Every connection's `draining` event is set. When the grace is over, the rest is closed
         with `CloseReason.DRAIN_TIMEOUT`, and their handlers are cancelled and given
         `Timeouts.linger` seconds to unwind. `serve` returns once all have ended. Cancelling leaves
@@ -330,10 +344,7 @@ class TcpServer:
         if not grace >= 0:
             raise ValueError(f"drain({grace!r}): pass at least 0 seconds")
         begun = trio.current_time()
-        if not self._ending:
-            for acceptor in self._acceptors:
-                self._accept(acceptor, _LAST_CALL)
-        self._stop_listening()
+        self.stop_listening()
         present = self._connections.start_draining()
         with trio.move_on_after(grace):
             await self._connections.wait_empty()

@@ -1,0 +1,86 @@
+"""ServeOptions: what a command line can say of a server, in values that another process can be
+told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from trioreactor.options import Limits, check_count, check_seconds
+from trioreactor.serve_tls import server_context
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """What a command line can say of the server in each process; None leaves it to the target.
+
+    Plain values, for a worker process is told them as text. What more there is to say of a server
+    is said by a target that makes it.
+    """
+
+    max_connections: int | None = None
+    """`Limits.connections`, in each process: N workers hold N times as many."""
+    max_per_peer: int | None = None
+    """`Limits.per_peer`, in each process."""
+    accept_rate: float | None = None
+    """`Limits.accept_rate`, in each process."""
+    when_full: Literal["wait", "reject"] | None = None
+    """`Limits.when_full`."""
+    threads: int | None = None
+    """Serve in so many threads, each with a loop of its own (`EventLoopThreadPool`), in each
+    process."""
+    tls_cert: str | None = None
+    """A PEM file with the server's certificate chain, and its private key unless that is in
+    `tls_key`. Read when a server begins: a worker that replaces another reads it anew."""
+    tls_key: str | None = None
+    """A PEM file with the private key, not encrypted."""
+    tls_ca: str | None = None
+    """A PEM file with the authorities that clients' certificates must be signed by."""
+    watchdog: float | None = None
+    """`TcpServer`'s *watchdog*, seconds; 0 for none."""
+    log_level: LogLevel | None = None
+    """Set up logging to stderr, of what is at least so grave. None sets up nothing: the target
+    does."""
+
+    def __post_init__(self) -> None:
+        self._limits()
+        check_count("ServeOptions", "threads", self.threads, least=1, unit="threads")
+        check_seconds("ServeOptions", "watchdog", self.watchdog, zero=True)
+        if self.tls_cert is None and (self.tls_key or self.tls_ca):
+            raise ValueError("ServeOptions: tls_key and tls_ca want a tls_cert")
+        if self.log_level is not None and self.log_level not in LOG_LEVELS:
+            raise ValueError(
+                f"ServeOptions(log_level={self.log_level!r}): pass one of {', '.join(LOG_LEVELS)}"
+            )
+
+    def _limits(self) -> Limits:
+        # Its own checks say what to pass.
+        return Limits(
+            connections=self.max_connections,
+            per_peer=self.max_per_peer,
+            accept_rate=self.accept_rate,
+            when_full=self.when_full or "wait",
+        )
+
+    def server_arguments(self) -> dict[str, Any]:
+        """What `TcpServer` is to be called with: the arguments that are asked for, and no others,
+        so that those of the target's own stay. `ValueError` for a certificate that is of no use.
+        """
+        arguments: dict[str, Any] = {}
+        limits = self._limits()
+        if limits != Limits():
+            arguments["limits"] = limits
+        if self.tls_cert is not None:
+            arguments["ssl_context"] = server_context(self.tls_cert, self.tls_key, self.tls_ca)
+        if self.watchdog is not None:
+            arguments["watchdog"] = self.watchdog or None
+        return arguments
+
+    def as_plain(self) -> dict[str, Any]:
+        """Its fields, for another process to make it from."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
