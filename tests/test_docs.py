@@ -384,6 +384,7 @@ def test_defaults() -> None:
         trioreactor.SocketOptions,
         trioreactor.Keepalive,
         trioreactor.Limits,
+        trioreactor.ProxyProtocol,
         trioreactor.Backoff,
         trioreactor.WorkerOptions,
     ]
@@ -391,5 +392,5 @@ def test_defaults() -> None:
         f"{option.__name__}.{field.name}": as_written(field.default)
         for option in options
         for field in dataclasses.fields(option)
-        if not callable(field.default)
+        if field.default is not dataclasses.MISSING and not callable(field.default)
     }

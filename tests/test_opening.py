@@ -223,3 +223,21 @@ async def test_a_peer_that_goes_before_it_is_open(caplog: pytest.LogCaptureFixtu
         await trio.testing.wait_all_tasks_blocked()
     assert conn.close_reason in {CloseReason.PEER_RESET, CloseReason.HANDSHAKE_FAILED}
     assert not [r for r in caplog.records if r.levelno > logging.WARNING]
+
+
+@either_mode
+async def test_a_peer_that_only_connects(
+    handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A health check or a port scan is no warning; but half a handshake is."""
+    async with opening_by(password, handler=handler) as (peer, conn):
+        await peer.send_eof()
+        assert await peer.receive_some() == b""
+    assert conn.close_reason is CloseReason.PEER_EOF
+    assert not [r for r in caplog.records if r.levelno >= logging.INFO]
+    async with opening_by(password, handler=handler) as (peer, conn):
+        await peer.send_all(b"op")
+        await peer.send_eof()
+        assert await peer.receive_some() == b""
+    assert conn.close_reason is CloseReason.HANDSHAKE_FAILED
+    assert "the peer went" in caplog.text

@@ -20,6 +20,7 @@ from trioreactor.errors import (
     InheritedSocketError,
     NotConnected,
     ProtocolError,
+    ProxyProtocolError,
     ReceiveBufferFull,
     SendBufferFull,
     TrioReactorError,
@@ -40,6 +41,9 @@ from trioreactor.line_codecs import DelimiterCodec, JsonLinesCodec, LineCodec
 from trioreactor.listen import open_acceptors, open_tcp_acceptors, open_unix_acceptor
 from trioreactor.loop_watchdog import LoopWatchdog
 from trioreactor.options import Keepalive, Limits, SocketOptions, Timeouts, Watermarks
+from trioreactor.proxy_header import ProxyHeader, encode_proxy_header
+from trioreactor.proxy_protocol import ProxyProtocol, receive_proxy_header
+from trioreactor.proxy_tlvs import ProxySsl, ProxyTlvType
 from trioreactor.serve_options import ServeOptions
 from trioreactor.server_statistics import DrainReport, ServerStatistics
 from trioreactor.service_notifier import ServiceNotifier
@@ -107,6 +111,13 @@ __all__ = [
     "Timeouts",
     "SocketOptions",
     "Keepalive",
+    # behind proxies, and in front
+    "ProxyProtocol",
+    "ProxyHeader",
+    "ProxySsl",
+    "ProxyTlvType",
+    "receive_proxy_header",
+    "encode_proxy_header",
     # the loop
     "EventLoop",
     # processes
@@ -131,6 +142,7 @@ __all__ = [
     "HandshakeFailed",
     "SendBufferFull",
     "ProtocolError",
+    "ProxyProtocolError",
     "FrameTooLarge",
     "IncompleteFrame",
     "ReceiveBufferFull",

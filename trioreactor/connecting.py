@@ -15,6 +15,7 @@ from trioreactor.connector import Connector, Made
 from trioreactor.endpoints import Endpoint
 from trioreactor.errors import ConnectError
 from trioreactor.options import Timeouts, Watermarks, check_kinds
+from trioreactor.proxy_protocol import HeaderToSend, checked_header_to_send, introduce
 from trioreactor.sockets import peer_of
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
@@ -27,16 +28,19 @@ def connection_on(
     watermarks: Watermarks,
     timeouts: Timeouts,
     state: ConnectionState = ConnectionState.CONNECTED,
+    header: HeaderToSend | None = None,
 ) -> TcpConnection:
-    """A connection on *stream*, which is closed if there can be none."""
+    """A connection on *stream*, begun with *header*. The stream is closed if there can be none."""
     try:
-        return TcpConnection(
+        conn = TcpConnection(
             stream, name=name, watermarks=watermarks, timeouts=timeouts, state=state
         )
     except BaseException:
         # No descriptor for an epoll object, or no room in it (EMFILE, ENOSPC, ENOMEM).
         stream.socket.close()
         raise
+    introduce(conn, header)
+    return conn
 
 
 class ClientTls:
@@ -98,7 +102,7 @@ def numbered(name: str) -> Callable[[trio.SocketStream], str]:
 
 class ConnectionMaker:
     """Makes a client's connections, one after the other: by *connector*, with *tls* if that is
-    given, with names of *name_for*.
+    given, with names of *name_for*. Each begins with *header*, before TLS.
     """
 
     def __init__(
@@ -107,12 +111,14 @@ class ConnectionMaker:
         *,
         tls: ClientTls | None,
         name_for: Callable[[trio.SocketStream], str | None],
+        header: HeaderToSend | None,
         watermarks: Watermarks,
         timeouts: Timeouts,
     ) -> None:
         self._connector = connector
         self._tls = tls
         self._name_for = name_for
+        self._header: HeaderToSend | None = header
         self._watermarks = watermarks
         self._timeouts = timeouts
 
@@ -145,6 +151,7 @@ class ConnectionMaker:
             watermarks=self._watermarks,
             timeouts=self._timeouts,
             state=state,
+            header=self._header,
         )
 
     def discard(self, made: Made) -> None:
@@ -170,14 +177,15 @@ async def open_tcp_connection(
     ssl_context: ssl.SSLContext | None = None,
     server_hostname: str | None = None,
     https_compatible: bool = False,
+    proxy_protocol: HeaderToSend | None = None,
     **options: Unpack[ConnectOptions],
 ) -> TcpConnection:
     """Connect once, with no retry, and give the connection.
 
     The options are those of `Connector`; of several endpoints each is tried once. With an
     *ssl_context* the connection has TLS, as of `TcpConnection.start_tls`: *server_hostname* is the
-    endpoint's host unless given. Raises `ConnectError`, which is an `OSError`. Cancelled, it leaves
-    no socket open.
+    endpoint's host unless given. *proxy_protocol* is what it sends first, as of `TcpClient`. Raises
+    `ConnectError`, which is an `OSError`. Cancelled, it leaves no socket open.
     """
     check_known("open_tcp_connection", options, ConnectOptions)
     check_kinds("open_tcp_connection", watermarks=watermarks, timeouts=timeouts)
@@ -185,6 +193,7 @@ async def open_tcp_connection(
         Connector(host, port, name=name or "connection", retry=False, **options),
         tls=client_tls("open_tcp_connection", ssl_context, server_hostname, https_compatible),
         name_for=lambda _stream: name,
+        header=checked_header_to_send("open_tcp_connection", proxy_protocol),
         watermarks=watermarks,
         timeouts=timeouts,
     )

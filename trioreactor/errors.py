@@ -103,6 +103,10 @@ class IncompleteFrame(ProtocolError):
     """The peer's EOF came inside a message."""
 
 
+class ProxyProtocolError(ProtocolError):
+    """A connection did not begin with a PROXY protocol header that can be believed."""
+
+
 class ReceiveBufferFull(ProtocolError):
     """`on_message` left `Watermarks.receive_limit` bytes unconsumed, so no more can be read.
 

@@ -122,6 +122,8 @@ class Lifecycle:
     def opened(self) -> None:
         """Every handshake is done: the connection is its user's."""
         self._become(ConnectionState.CONNECTED)
+        # A header that came before is not the peer's first byte, nor its user's.
+        self.read.bytes_received = 0
         self.write.release()
         self.watches.begin()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import trio
@@ -14,13 +15,17 @@ class ConnectionLimiter:
     """Counts connections against `Limits`, which may be changed at any time.
 
     A permit is taken before `accept` and given back when the connection ends, so the count is
-    exact. Lowering a limit closes nobody; it holds for newcomers.
+    exact. Lowering a limit closes nobody; it holds for newcomers. Whom a connection is from may
+    turn out in another thread, where it lives: `try_enter` and `reject` may be called there.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._permits = 0
         self._peers: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        # For these two counters.
+        self._lock = threading.Lock()
         self._lot = trio.lowlevel.ParkingLot()
         # Token bucket of the accept rate: how many may come at once, and when that was reckoned.
         self._tokens = self._burst
@@ -66,18 +71,30 @@ class ConnectionLimiter:
         key = peer_key(address)
         most = self._limits.per_peer
         if key is not None:
-            if most is not None and self._peers[key] >= most:
-                return False
-            self._peers[key] += 1
+            with self._lock:
+                if most is not None and self._peers[key] >= most:
+                    return False
+                self._peers[key] += 1
         return True
+
+    def reject(self, obstacle: str) -> None:
+        """Count one that was turned away by that limit."""
+        with self._lock:
+            self._rejected[obstacle] += 1
+
+    def rejected(self) -> dict[str, int]:
+        """How many were turned away so far, by limit."""
+        with self._lock:
+            return dict(self._rejected)
 
     def leave(self, address: SocketAddress) -> None:
         """A connection that had entered has ended: free its place and its permit."""
         key = peer_key(address)
         if key is not None:
-            self._peers[key] -= 1
-            if not self._peers[key]:
-                del self._peers[key]
+            with self._lock:
+                self._peers[key] -= 1
+                if not self._peers[key]:
+                    del self._peers[key]
         self.release()
 
     def release(self) -> None:

@@ -54,16 +54,21 @@ async def open_connection(  # noqa: ASYNC910 the opening has checkpoints
         if deadline.cancelled_caught:
             logger.warning("%s: the handshake was not done within %g s", conn.name, seconds)
     except Exception as error:
-        reason = CloseReason.HANDSHAKE_FAILED
+        reason = CloseReason.PEER_EOF if _said_nothing(conn) else CloseReason.HANDSHAKE_FAILED
         _tell(conn, error)
     finally:
         if conn.state is not ConnectionState.CONNECTED:
             conn.force_close(reason)
 
 
+def _said_nothing(conn: TcpConnection) -> bool:
+    """Whether the peer has only connected, and closed."""
+    return conn.at_eof and not conn.statistics().bytes_received
+
+
 def _tell(conn: TcpConnection, error: Exception) -> None:
-    if conn.broken or conn.closing:
-        # The peer went, or we closed it.
+    if conn.broken or conn.closing or _said_nothing(conn):
+        # The peer went, or we closed it; or a port scan, or a health check that only connects.
         logger.debug("%s: ended while it was opened: %r", conn.name, error)
     elif all(isinstance(leaf, (ProtocolError, trio.BrokenResourceError)) for leaf in leaves(error)):
         logger.warning("%s: %s", conn.name, "; ".join(map(str, leaves(error))))

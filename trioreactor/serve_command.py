@@ -107,6 +107,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "given several times (default: 127.0.0.1:7000)",
     )
 
+    where.add_argument(
+        "--proxy-protocol",
+        type=_trusted,
+        action="append",
+        metavar="NETWORK",
+        help="every connection comes by a proxy that says whose it is, by a PROXY header, version "
+        "1 or 2. Believe proxies in this network (10.0.0.0/8), or who connects by a Unix socket "
+        "(unix), or whoever connects (any: let nobody but proxies do that); may be given several "
+        "times",
+    )
+
     processes = parser.add_argument_group("processes")
     processes.add_argument(
         "--workers",
@@ -224,6 +235,14 @@ def _bind(text: str) -> str:
     return text
 
 
+def _trusted(text: str) -> str:
+    try:
+        ServeOptions(proxy_protocol=[text])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _whole(text: str, *, least: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise argparse.ArgumentTypeError(
@@ -260,6 +279,7 @@ def _read(arguments: argparse.Namespace) -> _Run:
             tls_cert=arguments.tls_cert,
             tls_key=arguments.tls_key,
             tls_ca=arguments.tls_ca,
+            proxy_protocol=arguments.proxy_protocol,
             watchdog=arguments.watchdog,
             log_level=arguments.log_level,
         ),

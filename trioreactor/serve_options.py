@@ -4,10 +4,12 @@ told.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from trioreactor.options import Limits, check_count, check_seconds
+from trioreactor.proxy_protocol import ProxyProtocol
 from trioreactor.serve_tls import server_context
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -41,6 +43,9 @@ class ServeOptions:
     """A PEM file with the private key, not encrypted."""
     tls_ca: str | None = None
     """A PEM file with the authorities that clients' certificates must be signed by."""
+    proxy_protocol: Sequence[str] | None = None
+    """Whose PROXY protocol headers are believed, each connection's being wanted: networks; "unix"
+    for whoever connects by a Unix socket; or "any" alone. See `ProxyProtocol`."""
     watchdog: float | None = None
     """`TcpServer`'s *watchdog*, seconds; 0 for none."""
     log_level: LogLevel | None = None
@@ -50,6 +55,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         self._limits()
         check_count("ServeOptions", "threads", self.threads, least=1, unit="threads")
+        self._proxy_protocol()
         check_seconds("ServeOptions", "watchdog", self.watchdog, zero=True)
         if self.tls_cert is None and (self.tls_key or self.tls_ca):
             raise ValueError("ServeOptions: tls_key and tls_ca want a tls_cert")
@@ -67,6 +73,14 @@ class ServeOptions:
             when_full=self.when_full or "wait",
         )
 
+    def _proxy_protocol(self) -> ProxyProtocol | None:
+        if self.proxy_protocol is None:
+            return None
+        trusted = [each for each in self.proxy_protocol if each != "unix"]
+        return ProxyProtocol(
+            trusted="any" if trusted == ["any"] else trusted, unix="unix" in self.proxy_protocol
+        )
+
     def server_arguments(self) -> dict[str, Any]:
         """What `TcpServer` is to be called with: the arguments that are asked for, and no others,
         so that those of the target's own stay. `ValueError` for a certificate that is of no use.
@@ -77,6 +91,8 @@ class ServeOptions:
             arguments["limits"] = limits
         if self.tls_cert is not None:
             arguments["ssl_context"] = server_context(self.tls_cert, self.tls_key, self.tls_ca)
+        if self.proxy_protocol is not None:
+            arguments["proxy_protocol"] = self._proxy_protocol()
         if self.watchdog is not None:
             arguments["watchdog"] = self.watchdog or None
         return arguments

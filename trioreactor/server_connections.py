@@ -21,6 +21,7 @@ from trioreactor.exception_groups import lone
 from trioreactor.handler_errors import close_and_log, end_after
 from trioreactor.opening import Opening, open_connection
 from trioreactor.options import Timeouts, Watermarks
+from trioreactor.proxy_protocol import NOBODY, counted_address
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
 
@@ -34,6 +35,13 @@ class Service:
     broadcaster: Broadcaster
     watermarks: Watermarks
     timeouts: Timeouts
+    behind_proxy: bool
+
+    def entrant(self, peer: SocketAddress) -> SocketAddress:
+        """Whom the limits count one from *peer* as when it comes: behind a proxy its client is not
+        known yet.
+        """
+        return NOBODY if self.behind_proxy else peer
 
 
 class ServerConnections:
@@ -121,7 +129,7 @@ class ServerConnections:
             )
         except OSError as error:
             # epoll has no room for it (ENOSPC, ENOMEM): a shortage like any other at accept.
-            self._leave(peer)
+            self._leave(self._service.entrant(peer))
             self._shed(acceptor, sock, error)
             return
         self.enter(conn)
@@ -239,7 +247,7 @@ class ServerConnections:
         self._counters.count_end(conn)
         # It refers to the task, and the task's frames to the connection.
         conn.handler_scope = None
-        self._leave(conn.peer_address)
+        self._leave(counted_address(conn, behind_proxy=self._service.behind_proxy))
         if not self._living and self._empty:
             self._empty.unpark_all()
 

@@ -4,10 +4,11 @@ What is shared between threads, and how::
 
     accept loop (the server's own thread)              a connection's loop
     ----------------------------------------           ----------------------------------------
-    Acceptor, ConnectionLimiter, loads
+    Acceptor, permits and rate, loads
     accept_nowait ---- socket, queue_in_loop --------> LoopShare.admit: TcpConnection, handler
     _left <----------- address, queue_in_loop -------- LoopShare._forget
     statistics, connections ------ lock -------------> LoopShare's dict and counters
+    ConnectionLimiter's peers <--- lock -------------- an opening that tells whose a connection is
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class LoopShare(ServerConnections):
 
     def _turn_away(self, sock: socket.socket, peer: SocketAddress) -> None:
         sock.close()
-        self._leave(peer)
+        self._leave(self._service.entrant(peer))
 
     def _leave(self, peer: SocketAddress) -> None:
         self._home.queue_in_loop(self._left, self, peer)

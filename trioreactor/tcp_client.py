@@ -23,6 +23,7 @@ from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
 from trioreactor.options import Timeouts, Watermarks, check_count, check_kinds
+from trioreactor.proxy_protocol import HeaderToSend, checked_header_to_send
 from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
 
@@ -44,6 +45,8 @@ class TcpClient:
 
     With an *ssl_context* it has TLS, as of `TcpConnection.start_tls`, for *server_hostname* or the
     endpoint's host. A handshake that fails is a failed attempt; a wrong certificate, the last one.
+    With *proxy_protocol* each connection begins with a PROXY header: 1 or 2 for our own addresses
+    in that version, a `ProxyHeader`, or a function from the connection to one.
     A client belongs to one trio run.
     """
 
@@ -56,6 +59,7 @@ class TcpClient:
         name: str = "client",
         watermarks: Watermarks = Watermarks(),
         timeouts: Timeouts = Timeouts(),
+        proxy_protocol: HeaderToSend | None = None,
         ssl_context: ssl.SSLContext | None = None,
         server_hostname: str | None = None,
         https_compatible: bool = False,
@@ -77,24 +81,20 @@ class TcpClient:
             self._connector,
             tls=client_tls("TcpClient", ssl_context, server_hostname, https_compatible),
             name_for=numbered(name),
+            header=checked_header_to_send("TcpClient", proxy_protocol),
             watermarks=watermarks,
             timeouts=timeouts,
         )
         # The one that lives, or has ended and is not counted yet.
         self._connection: TcpConnection | None = None
-        # While it connects: what `disconnect` cancels.
-        self._connecting: trio.CancelScope | None = None
-        # A run, or the block, is under way.
-        self._running = False
+        self._connecting: trio.CancelScope | None = None  # what `disconnect` cancels
+        self._running = False  # a run, or the block, is under way
         # It is to have a connection. Not before it begins, for `disconnect` is for what goes on.
         self._wanted = True
         self._stopped = False
-        # No connection will come any more.
-        self._over = False
-        # Since it began.
-        self._made_one = False
-        # When the connection was made.
-        self._connected_at = 0.0
+        self._over = False  # no connection will come any more
+        self._made_one = False  # since it began
+        self._connected_at = 0.0  # when the connection was made
         self._waiters = ClientWaiters()
         self._counters = ConnectionCounters()
         self._block: AbstractAsyncContextManager[None] | None = None

@@ -24,6 +24,8 @@ from trioreactor.lifecycle import Lifecycle
 from trioreactor.opening_attributes import OpeningAttributes
 from trioreactor.options import Timeouts, Watermarks
 from trioreactor.overflow import Overflow, check_overflow, offer
+from trioreactor.proxy_attributes import ProxyAttributes
+from trioreactor.proxy_header import ProxyHeader
 from trioreactor.reading_attributes import ReadingAttributes
 from trioreactor.send_buffer import Droppable
 from trioreactor.sending_attributes import SendingAttributes
@@ -37,6 +39,7 @@ from trioreactor.tls_attributes import TlsAttributes
 class TcpConnection(
     DrainingAttributes,
     OpeningAttributes,
+    ProxyAttributes,
     ReadingAttributes,
     SendingAttributes,
     SocketAttributes,
@@ -58,6 +61,7 @@ class TcpConnection(
     __slots__ = (
         "__weakref__",
         "_life",
+        "_proxied",
         "_read",
         "_sock",
         "_write",
@@ -75,7 +79,8 @@ class TcpConnection(
     local_address: SocketAddress
     """Our end."""
     peer_address: SocketAddress
-    """The other end, as `accept` returned it; empty if it was gone before it could be asked."""
+    """The other end, as `accept` returned it; empty if it was gone before it could be asked. Behind
+    a proxy that sends a PROXY header, the client: see `proxy_address`."""
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class TcpConnection(
     ) -> None:
         self.local_address = local_address
         self.peer_address = peer_address
+        self._proxied = None
         self.context = None
         self.handler_error = None
         self._sock = sock
@@ -143,6 +149,18 @@ class TcpConnection(
     def name(self) -> str:
         """For logs and registries. A server numbers its own; else the two addresses."""
         return self._life.ending.name
+
+    def set_proxy_header(self, header: ProxyHeader) -> None:
+        """Believe *header*: `peer_address` is its source from now on, if it has one.
+
+        `receive_proxy_header` does this; it is for whoever gets to know a client in another way.
+        Raises `RuntimeError` if there is a header already.
+        """
+        if self._proxied is not None:
+            raise RuntimeError(f"{self.name} has a PROXY header already")
+        self._proxied = header, self.peer_address
+        if header.source is not None:
+            self.peer_address = header.source
 
     @property
     def loop(self) -> EventLoop:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -23,6 +22,7 @@ from trioreactor.loop_watchdog import DEFAULT_THRESHOLD, LoopWatchdog, check_thr
 from trioreactor.opening import Opening, in_order
 from trioreactor.options import Limits, SocketOptions, Timeouts, Watermarks, check_kinds
 from trioreactor.overflow import Overflow
+from trioreactor.proxy_protocol import ProxyOpening, ProxyProtocol
 from trioreactor.server_connections import ServerConnections, Service
 from trioreactor.server_loops import LoopPool, ServerLoops
 from trioreactor.server_statistics import DrainReport, ServerStatistics
@@ -51,6 +51,9 @@ class TcpServer:
     *overflow* says what a `broadcast` does to those who have reached their hard limit: close them,
     or leave out the new message or the oldest ones; *on_drop* is then called with the connection
     and how many it lost.
+
+    With *proxy_protocol* every connection must begin with a PROXY header from a proxy that is
+    trusted, and is its client's: see `ProxyProtocol`.
 
     With an *ssl_context* a connection is the handler's when TLS's handshake is done, as by
     `TcpConnection.start_tls`: `TcpConnection.tls` then tells of it. It has `Timeouts.handshake`
@@ -81,6 +84,7 @@ class TcpServer:
         socket_options: SocketOptions = SocketOptions(),
         overflow: Overflow = "close",
         on_drop: Callable[[TcpConnection, int], object] | None = None,
+        proxy_protocol: ProxyProtocol | None = None,
         ssl_context: ssl.SSLContext | None = None,
         https_compatible: bool = False,
         watchdog: float | None = DEFAULT_THRESHOLD,
@@ -110,7 +114,6 @@ class TcpServer:
         self._watchdog = None if watchdog is None else LoopWatchdog(watchdog)
         # How long a drain waits for handlers that it has cancelled.
         self._unwind = _UNWIND if timeouts.linger is None else timeouts.linger
-        self._broadcaster = Broadcaster("TcpServer", overflow, on_drop)
         self._limiter = ConnectionLimiter(limits)
         self.loops = loops
         """The pool whose loops serve the connections; None if they all live in the server's own."""
@@ -121,8 +124,11 @@ class TcpServer:
         # Unset while `stop_accepting` holds.
         self._may_accept = trio.Event()
         self._may_accept.set()
+        self._serial = count(1)
         # What comes before a connection is the handler's, in this order.
         steps: list[Opening] = []
+        if proxy_protocol is not None:
+            steps.append(ProxyOpening(proxy_protocol, self._limiter))
         self._ssl_context: ssl.SSLContext | None = None
         self._https_compatible = https_compatible
         if ssl_context is None and https_compatible:
@@ -130,20 +136,19 @@ class TcpServer:
         if ssl_context is not None:
             self.ssl_context = ssl_context
             steps.append(self._start_tls)
-        service = Service(
+        self._service = Service(
             handler=handler,
             opening=in_order(steps),
-            broadcaster=self._broadcaster,
+            broadcaster=Broadcaster("TcpServer", overflow, on_drop),
             watermarks=watermarks,
             timeouts=timeouts,
+            behind_proxy=proxy_protocol is not None,
         )
         self._connections = (
-            ServerConnections(service, self._limiter.leave)
+            ServerConnections(self._service, self._limiter.leave)
             if loops is None
-            else ServerLoops(service, self._limiter, loops)
+            else ServerLoops(self._service, self._limiter, loops)
         )
-        self._serial = count(1)
-        self._rejected: Counter[str] = Counter()
         self.connections: Mapping[str, TcpConnection] = self._connections.by_name
         """The living connections by name: read-only, always up to date. With *loops* they come and
         go in other threads: what iterates goes over a copy, made when it begins."""
@@ -190,7 +195,7 @@ class TcpServer:
     def statistics(self) -> ServerStatistics:
         """The counters as they are now."""
         return ServerStatistics(
-            rejected=MappingProxyType(dict(self._rejected)),
+            rejected=MappingProxyType(self._limiter.rejected()),
             shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
             loop_lag=None if self._watchdog is None else self._watchdog.longest,
             loop_holds=0 if self._watchdog is None else self._watchdog.holds,
@@ -277,12 +282,12 @@ class TcpServer:
                     self._limiter.give_back()
                 break
             sock, peer = accepted
-            if not obstacle and not self._limiter.try_enter(peer):
+            if not obstacle and not self._limiter.try_enter(self._service.entrant(peer)):
                 self._limiter.release()
                 obstacle = "per_peer"
             if obstacle:
                 sock.close()
-                self._rejected[obstacle] += 1
+                self._limiter.reject(obstacle)
                 continue
             name = f"{self.name}-{acceptor.name}#{next(self._serial)}"
             self._connections.admit(acceptor, sock, peer, name)
@@ -301,7 +306,7 @@ class TcpServer:
         closing ones are left out. Those that are behind come last, so that queueing and closing
         delays none of the others.
         """
-        return self._connections.broadcast(self._broadcaster.message(data), to)
+        return self._connections.broadcast(self._service.broadcaster.message(data), to)
 
     def stop_accepting(self) -> None:
         """Leave newcomers in the backlog until `resume_accepting`. Idempotent."""
