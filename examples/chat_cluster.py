@@ -1,0 +1,119 @@
+"""One process of a chat that has several, on one machine or many: the room of chat.py, whose
+messages go to the other processes through Redis, with a load balancer in front. chat_client.py is
+its client. See docs/scaling.md, and deploy/ for haproxy, systemd and Kubernetes.
+
+Who is connected here is sent a message at once, the others by way of Redis; so all have the same
+messages, not all in the same order. While Redis is away each process is a room of its own, and its
+clients are told. At SIGTERM they are sent all that was said, then the end, and go elsewhere.
+
+    python examples/chat_cluster.py --port 7023 --redis 127.0.0.1:6379
+    python examples/chat_cluster.py --port 7024 --redis 127.0.0.1:6379
+    python examples/chat_client.py --port 7023 --name ann      and bob, at 7024
+"""
+
+import argparse
+import signal
+
+import trio
+from chat import CODEC, WATERMARKS
+from parts.redis_fanout import RedisFanout
+
+from trioreactor import (
+    Acceptor,
+    Backoff,
+    Callbacks,
+    ConnectionState,
+    ServiceNotifier,
+    TcpConnection,
+    TcpServer,
+    Timeouts,
+    format_address,
+    inherited_acceptors,
+    open_tcp_acceptors,
+)
+
+# Full jitter: the processes that lost the same broker do not come back to it as one.
+BACKOFF = Backoff(initial=0.2, maximum=5)
+# Clients ask for a sign of life every 10 s: one that does not has gone, whatever TCP thinks.
+TIMEOUTS = Timeouts(idle=60)
+ALONE = CODEC.encode(b"* other servers are out of reach: only those on this one read you")
+TOGETHER = CODEC.encode(b"* other servers are back: all read you again")
+
+
+class Room:
+    """Who is connected here, and what ties them to the others."""
+
+    def __init__(self, acceptors: list[Acceptor], redis: tuple[str, int], backoff: Backoff) -> None:
+        self.alone = False
+        self.fanout = RedisFanout(*redis, b"chat", self._broadcast, self._on_fanout, backoff)
+        callbacks = Callbacks(
+            message=CODEC.on_message(self._on_message),
+            connection=self._on_connection,
+            draining=TcpConnection.shutdown,
+        )
+        self.server = TcpServer(
+            callbacks, listeners=acceptors, watermarks=WATERMARKS, timeouts=TIMEOUTS
+        )
+
+    def _on_connection(self, conn: TcpConnection) -> None:
+        if conn.state is ConnectionState.CONNECTED and self.alone:
+            conn.send(ALONE)
+
+    def _on_message(self, conn: TcpConnection, message: bytes) -> None:
+        if message:
+            self._broadcast(message)
+            self.fanout.publish(message)
+        elif not conn.draining.is_set():
+            conn.send(CODEC.encode(message))
+
+    def _broadcast(self, message: bytes) -> None:
+        self.server.broadcast(CODEC.encode(message))
+
+    def _on_fanout(self, up: bool) -> None:
+        how = "works" if up else "is lost"
+        print(f"fan-out {how}; messages lost so far: {self.fanout.lost}", flush=True)
+        if self.alone is up:
+            self.alone = not up
+            self.server.broadcast(TOGETHER if up else ALONE)
+
+
+async def main(
+    port: int,
+    host: str = "127.0.0.1",
+    redis: tuple[str, int] = ("127.0.0.1", 6379),
+    grace: float = 5,
+    *,
+    backoff: Backoff = BACKOFF,
+    task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    notifier = ServiceNotifier()
+    acceptors = inherited_acceptors(name="chat") or await open_tcp_acceptors(port, host=host)
+    room = Room(acceptors, redis, backoff)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(room.server.serve)
+            print(f"chat on {format_address(acceptors[0].address)}", flush=True)
+            nursery.start_soon(room.fanout.run)
+            nursery.start_soon(notifier.keep_watchdog)
+            notifier.ready()
+            task_status.started(acceptors)
+            await anext(signals)
+            notifier.stopping()
+            report = await room.server.drain(grace)
+            print(f"drained: {report.finished} ended, {len(report.forced)} were closed")
+            nursery.cancel_scope.cancel()
+
+
+def address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=7023)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--redis", type=address, default="127.0.0.1:6379", metavar="HOST:PORT")
+    parser.add_argument("--drain-seconds", type=float, default=5)
+    args = parser.parse_args()
+    trio.run(main, args.port, args.host, args.redis, args.drain_seconds)
