@@ -65,6 +65,7 @@ async def opening_by(
             broadcaster=Broadcaster("test", "close", None),
             watermarks=Watermarks(),
             timeouts=Timeouts(),
+            behind_proxy=False,
         )
         conns = ServerConnections(service, limiter.leave)
         async with trio.open_nursery() as nursery:
