@@ -1,10 +1,9 @@
 """The servers under test, each an echo server in a process of its own.
 
 ``python -m tests.soak.server KIND [OPTIONS]`` first answers with its port. The trioreactor kinds
-("coroutine" and "dispatch", "channel" and
-"messages", which echo messages, with OPTIONS a JSON object for `Watermarks`, `Timeouts` and
-`SocketOptions`) obey the commands of `Control`; the others ("trio", "asyncio streams", "asyncio
-Protocol") only serve.
+("coroutine" and "dispatch", "channel" and "messages", which echo messages, with OPTIONS a JSON
+object for `Watermarks`, `Timeouts` and `SocketOptions`, and ``"tls": true`` for TLS) obey the
+commands of `Control`; the others ("trio", "asyncio streams", "asyncio Protocol") only serve.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 
 import trio
 
+from tests.tls import server_context
 from trioreactor import (
     Buffer,
     Callbacks,
@@ -218,6 +218,7 @@ async def serve_trioreactor(kind: str, options: dict[str, Any]) -> None:
         watermarks=Watermarks(**options.get("watermarks", {})),
         timeouts=Timeouts(**options.get("timeouts", {})),
         socket_options=SocketOptions(**options.get("socket_options", {})),
+        ssl_context=server_context() if options.get("tls") else None,
     )
     async with trio.open_nursery() as nursery, trio.lowlevel.FdStream(os.dup(0)) as commands:
         (acceptor,) = await nursery.start(server.serve)

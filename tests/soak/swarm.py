@@ -5,10 +5,12 @@ Nothing of the library is used here. Obeys the commands of `Swarm`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -28,6 +30,14 @@ def percentiles(samples: list[float]) -> dict[str, float]:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000
 
     return {"count": len(ordered), "p50": at(0.5), "p99": at(0.99), "max": ordered[-1] * 1000}
+
+
+def careless() -> ssl.SSLContext:
+    """A client's that trusts everybody."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 class Input:
@@ -101,6 +111,33 @@ class Swarm:
             not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for sock in self._sockets
         )
 
+    def stall(self, number: int, source: str = HOST) -> int:
+        """Connect *number* more, all at once, of which each says half of TLS's hello or nothing."""
+        connected = self.storm(number, source)
+        hello = ssl.MemoryBIO()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            careless().wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+        half = hello.read(hello.pending // 2)
+        for sock in self._sockets[::2]:
+            sock.sendall(half)
+        return connected
+
+    def visit(self) -> dict[str, float]:
+        """Connect, shake hands for TLS, have a byte echoed and leave, one after the other until the
+        next command has come.
+        """
+        context = careless()
+        samples = []
+        while not self._commands.waiting():
+            begun = time.monotonic()
+            sock = socket.create_connection(self._address, 60)
+            with context.wrap_socket(sock) as tls:
+                tls.sendall(b"x")
+                assert tls.recv(1) == b"x"
+                samples.append(time.monotonic() - begun)
+                tls.unwrap()
+        return percentiles(samples)
+
     def echo(self, size: int, newest: int = 0) -> int:
         """All, or so many of the *newest*, send *size* bytes and get them back. How many came."""
         data = bytes(size)
@@ -157,7 +194,7 @@ class Swarm:
         return time.monotonic() - begun
 
     def stop(self) -> None:
-        """What ends a `ping`."""
+        """What ends a `ping`, and visits."""
 
     def ping(self, size: int) -> dict[str, float]:
         """Round trips of *size* bytes on the first connection, until the next command has come."""
