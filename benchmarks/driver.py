@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +77,21 @@ class Driver:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.descriptors = sys.maxsize if most == resource.RLIM_INFINITY else most
         self.notes: list[str] = []
-        self.load_is_slow = False
+        self._load = self._tls_load = PYTHON_LOAD
+        slow = (
+            "is made by Python, which is too slow to saturate the servers; a server that waits "
+            "costs more for each request, so these figures compare with no others, and no goal is "
+            "judged by them"
+        )
         try:
             self._load = [_built("load")]
         except RuntimeError as error:
-            self._load = PYTHON_LOAD
-            self.load_is_slow = True
-            self.notes.append(
-                f"{error}: the load is made by Python, which is too slow to saturate the servers; "
-                "a server that waits costs more for each request, so these figures compare with "
-                "no others, and no goal is judged by them"
-            )
+            self.notes.append(f"{error}: the load {slow}")
+        else:
+            try:
+                self._tls_load = [_built("load", "-DTLS", "-lssl", "-lcrypto")]
+            except RuntimeError as error:
+                self.notes.append(f"with OpenSSL, {error}: the load with TLS {slow}")
         self._floor: str | None = None
         try:
             self._floor = _built("floor")
@@ -102,6 +106,13 @@ class Driver:
     def can(self, work: Work) -> bool:
         """Whether the descriptors suffice for its connections, of the server and of the load."""
         return int(work.load["conns"]) + _OTHER_DESCRIPTORS <= self.descriptors
+
+    def load_is_slow(self, work: Work) -> bool:
+        """Whether Python makes its load."""
+        return self._program(work.load) is PYTHON_LOAD
+
+    def _program(self, load: Mapping[str, Any]) -> list[str]:
+        return self._tls_load if "tls" in load else self._load
 
     def title(self, work: Work) -> str:
         """The work's title, with the load that it got if that depends on the machine."""
@@ -162,8 +173,7 @@ class Driver:
     def _command(self, server: ServerProcess, load: dict[str, Any], **more: object) -> list[str]:
         load = load | {"port": server.port, "pid": server.process.pid} | more
         kind = load.pop("kind")
-        program = PYTHON_LOAD if "tls" in load else self._load
-        return [*program, kind, *(f"{name}={value}" for name, value in load.items())]
+        return [*self._program(load), kind, *(f"{name}={value}" for name, value in load.items())]
 
     def _run_load(self, server: ServerProcess, load: dict[str, Any], **times: float) -> Any:
         command = self._command(server, load, **times)
@@ -262,14 +272,16 @@ def _children_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _built(name: str) -> str:
-    """Where the C program *name* can be run. `RuntimeError` says why it cannot be built here."""
+def _built(name: str, *options: str) -> str:
+    """Where the C program *name* can be run, built with *options*. `RuntimeError`: why it cannot
+    be built here.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise RuntimeError("no C compiler")
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, name)
-        command = [compiler, "-O2", "-o", str(built), str(HERE / f"{name}.c")]
+        command = [compiler, "-O2", "-o", str(built), str(HERE / f"{name}.c"), *options]
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, preexec_fn=on_core(None)
         )

@@ -1,7 +1,7 @@
 /*
- * The load generator: one thread, one epoll, so that a server is never measured against a client that
- * is slower than itself. suite.py builds and runs it; load.py does the same in Python, where there is
- * no C compiler, and is too slow to saturate a server.
+ * The load generator: one thread, one epoll, so that a server is never measured against a client
+ * that is slower than itself. driver.py builds it, twice if it finds OpenSSL: where it cannot,
+ * load.py does the same in Python, and is too slow to saturate a server.
  *
  *     load KIND NAME=VALUE...
  *
@@ -16,7 +16,8 @@
  *                says "ready", and ends when stdin does
  *
  * All take port, pid (the server's, whose CPU time is read at both ends of the window), seconds and
- * warmup. The result is one line of JSON.
+ * warmup. echo and connect take tls=1, if built with -DTLS -lssl -lcrypto; sessions are new. The
+ * result is one line of JSON.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,6 +25,7 @@
 #include <fcntl.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -34,6 +36,9 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef TLS
+#include <openssl/ssl.h>
+#endif
 
 enum { EVENTS = 512, CHUNK = 1 << 18, BLOCK = 65536, PATIENCE_MS = 20000 };
 
@@ -41,7 +46,7 @@ static const char PONG[] = "+PONG\r\n";
 
 static struct {
     const char *kind, *framing;
-    long port, pid, conns, active, size, pipeline;
+    long port, pid, conns, active, size, pipeline, tls;
     double seconds, warmup;
 } opt = {.framing = "raw", .conns = 1, .active = -1, .size = 64, .pipeline = 1,
          .seconds = 1, .warmup = 0.2};
@@ -50,6 +55,9 @@ struct conn {
     int fd;
     long waiting;     /* bytes of the answer that have not come */
     uint64_t begun;   /* when the request was sent, ns */
+#ifdef TLS
+    SSL *tls;         /* if there is any */
+#endif
 };
 
 static int ep;
@@ -139,18 +147,55 @@ static int connected(void) {
     return fd;
 }
 
-static struct conn *connect_all(void) {
-    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
-    if (!conns) fail("out of memory");
-    for (long i = 0; i < opt.conns; i++) conns[i].fd = connected();
-    return conns;
+#ifdef TLS
+static SSL_CTX *context;
+
+static void begin_tls(struct conn *c) {
+    if (!context) {
+        context = SSL_CTX_new(TLS_client_method());
+        if (!context) fail("no TLS");
+        /* A record and what comes around it by one read. */
+        SSL_CTX_set_read_ahead(context, 1);
+        SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE);
+        SSL_CTX_set_mode(context, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    }
+    c->tls = SSL_new(context);
+    if (!c->tls || !SSL_set_fd(c->tls, c->fd)) fail("out of memory");
 }
 
-static void send_whole(int fd, const char *data, size_t size) {
+/* As a system call would: -1 with EAGAIN where it has to wait, 0 at the end. */
+static ssize_t tls_result(struct conn *c, int result) {
+    if (result > 0) return result;
+    int why = SSL_get_error(c->tls, result);
+    if (why == SSL_ERROR_ZERO_RETURN) return 0;
+    if (why != SSL_ERROR_WANT_READ && why != SSL_ERROR_WANT_WRITE) {
+        if (why != SSL_ERROR_SYSCALL || !errno) errno = EPROTO;
+        return -1;
+    }
+    errno = EAGAIN;
+    return -1;
+}
+#endif
+
+static ssize_t put(struct conn *c, const char *data, size_t size) {
+#ifdef TLS
+    if (c->tls) return tls_result(c, SSL_write(c->tls, data, (int)size));
+#endif
+    return send(c->fd, data, size, MSG_NOSIGNAL);
+}
+
+static ssize_t get(struct conn *c, char *data, size_t size) {
+#ifdef TLS
+    if (c->tls) return tls_result(c, SSL_read(c->tls, data, (int)size));
+#endif
+    return recv(c->fd, data, size, 0);
+}
+
+static void send_whole(struct conn *c, const char *data, size_t size) {
     while (size) {
-        ssize_t n = send(fd, data, size, MSG_NOSIGNAL);
+        ssize_t n = put(c, data, size);
         if (n < 0 && errno == EAGAIN) {
-            struct pollfd room = {.fd = fd, .events = POLLOUT};
+            struct pollfd room = {.fd = c->fd, .events = POLLOUT};
             if (!poll(&room, 1, PATIENCE_MS)) fail("nothing is read within %d ms", PATIENCE_MS);
             continue;
         }
@@ -160,12 +205,39 @@ static void send_whole(int fd, const char *data, size_t size) {
     }
 }
 
-/* Reads once; how many bytes came, 0 if none has. */
-static size_t receive(int fd) {
-    ssize_t n = recv(fd, scratch, sizeof scratch, 0);
-    if (!n) fail("the server closed a connection");
-    if (n < 0 && errno != EAGAIN) fail("recv: %s", strerror(errno));
-    return n < 0 ? 0 : (size_t)n;
+/* What is there; how many bytes came, 0 if none has. */
+static size_t receive(struct conn *c) {
+    size_t got = 0;
+    int more;
+    do {
+        ssize_t n = get(c, scratch, sizeof scratch);
+        if (!n) fail("the server closed a connection");
+        if (n < 0 && errno != EAGAIN) fail("recv: %s", strerror(errno));
+        more = 0;
+        if (n > 0) {
+            got += (size_t)n;
+#ifdef TLS
+            /* No event tells of what OpenSSL has left. */
+            more = c->tls && SSL_has_pending(c->tls);
+#endif
+        }
+    } while (more);
+    return got;
+}
+
+static struct conn *connect_all(void) {
+    struct conn *conns = calloc((size_t)opt.conns, sizeof *conns);
+    if (!conns) fail("out of memory");
+    for (long i = 0; i < opt.conns; i++) {
+        conns[i].fd = connected();
+#ifdef TLS
+        if (opt.tls) {
+            begin_tls(&conns[i]);
+            if (SSL_connect(conns[i].tls) != 1) fail("the handshake failed");
+        }
+#endif
+    }
+    return conns;
 }
 
 /* Runs `step` on ready connections until `until`, or while `more` says so after that. */
@@ -226,12 +298,12 @@ static void ask(struct conn *c) {
     c->waiting = answer_size;
     c->begun = now();
     in_flight++;
-    send_whole(c->fd, burst, burst_size);
+    send_whole(c, burst, burst_size);
 }
 
 static void echo_step(struct conn *c, uint32_t events) {
     (void)events;
-    c->waiting -= (long)receive(c->fd);
+    c->waiting -= (long)receive(c);
     if (c->waiting > 0) return;
     if (c->waiting < 0) fail("the server answered too much");
     note(c->begun);
@@ -243,13 +315,13 @@ static void echo_step(struct conn *c, uint32_t events) {
 static int has_in_flight(void) { return in_flight > 0; }
 
 /* Once each, so that the server has all of them and does what it is measured for. */
-static void check_echo(int fd) {
+static void check_echo(struct conn *c) {
     size_t got = 0;
     char *answer = malloc((size_t)answer_size);
     if (!answer) fail("out of memory");
-    send_whole(fd, burst, burst_size);
+    send_whole(c, burst, burst_size);
     while (got < (size_t)answer_size) {
-        ssize_t n = recv(fd, answer + got, (size_t)answer_size - got, 0);
+        ssize_t n = get(c, answer + got, (size_t)answer_size - got);
         if (n <= 0) fail("no answer: %s", n ? strerror(errno) : "closed");
         got += (size_t)n;
     }
@@ -264,7 +336,7 @@ static void echo(void) {
     make_burst();
     if (opt.active < 0 || opt.active > opt.conns) opt.active = opt.conns;
     for (long i = 0; i < opt.conns; i++) {
-        check_echo(conns[i].fd);
+        check_echo(&conns[i]);
         set_blocking(conns[i].fd, 0);
     }
     /* The active ones are spread among the others. */
@@ -278,26 +350,54 @@ static void echo(void) {
 
 /* -- connect */
 
+enum { UNCONNECTED = -1, SHAKING_HANDS = -2 }; /* instead of what it waits for */
+
 static void begin(struct conn *c) {
     struct sockaddr_in address = server_address();
     c->fd = open_socket(SOCK_NONBLOCK);
-    c->waiting = -1; /* not connected */
+    c->waiting = UNCONNECTED;
     c->begun = now();
     if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS)
         fail("connect: %s", strerror(errno));
     watch(c, EPOLLOUT | EPOLLIN | EPOLLET);
 }
 
+/* Whether it is connected, and its handshake is done. */
+static int opened(struct conn *c, uint32_t events) {
+    if (c->waiting == UNCONNECTED) {
+        if (!(events & EPOLLOUT)) return 0;
+        c->waiting = SHAKING_HANDS;
+#ifdef TLS
+        if (opt.tls) begin_tls(c);
+#endif
+    }
+#ifdef TLS
+    if (c->tls) {
+        int result = SSL_connect(c->tls);
+        if (tls_result(c, result) <= 0 && errno != EAGAIN) fail("the handshake failed");
+        return result == 1;
+    }
+#endif
+    return 1;
+}
+
 static void connect_step(struct conn *c, uint32_t events) {
     if (c->waiting < 0) {
-        if (!(events & EPOLLOUT)) return;
+        if (!opened(c, events)) return;
         c->waiting = (long)burst_size;
-        send_whole(c->fd, burst, burst_size);
+        send_whole(c, burst, burst_size);
         return;
     }
-    c->waiting -= (long)receive(c->fd);
+    c->waiting -= (long)receive(c);
     if (c->waiting > 0) return;
     if (c->waiting < 0) fail("the server answered too much");
+#ifdef TLS
+    if (c->tls) {
+        SSL_shutdown(c->tls);
+        SSL_free(c->tls);
+        c->tls = NULL;
+    }
+#endif
     close(c->fd);
     note(c->begun);
     done++;
@@ -329,7 +429,7 @@ static void sink_step(struct conn *c, uint32_t events) {
 
 static void source_step(struct conn *c, uint32_t events) {
     (void)events;
-    done += receive(c->fd);
+    done += receive(c);
 }
 
 static void bulk(int writing) {
@@ -355,12 +455,12 @@ static void say(void) {
     for (long i = 0; i < opt.conns; i++) crowd[i].waiting = opt.size;
     to_come = opt.conns;
     sent_at = now();
-    send_whole(sender->fd, burst, burst_size);
+    send_whole(sender, burst, burst_size);
 }
 
 static void broadcast_step(struct conn *c, uint32_t events) {
     (void)events;
-    c->waiting -= (long)receive(c->fd);
+    c->waiting -= (long)receive(c);
     if (c->waiting > 0) return;
     if (c->waiting < 0) fail("a message too many");
     if (counting) note(sent_at);
@@ -376,10 +476,10 @@ static void meet(void) {
     for (int attempt = 0; attempt < 100; attempt++) {
         long heard = 0;
         int n;
-        send_whole(crowd[opt.conns - 1].fd, burst, burst_size);
+        send_whole(&crowd[opt.conns - 1], burst, burst_size);
         while ((n = epoll_wait(ep, events, EVENTS, 200)) > 0)
             for (int i = 0; i < n; i++)
-                heard += (long)receive(((struct conn *)events[i].data.ptr)->fd);
+                heard += (long)receive(events[i].data.ptr);
         if (heard == opt.conns * opt.size) return;
     }
     fail("the server does not broadcast to all");
@@ -407,7 +507,10 @@ static void hold(void) {
     make_burst();
     /* One after another: a server that has to take thousands at once needs memory for that, which
        it keeps, and which is not theirs. */
-    for (long i = 0; i < opt.conns; i++) check_echo(connected());
+    for (long i = 0; i < opt.conns; i++) {
+        struct conn one = {.fd = connected()};
+        check_echo(&one);
+    }
     puts("ready");
     fflush(stdout);
     while (getchar() != EOF) {
@@ -429,6 +532,7 @@ static void parse(int argc, char **argv) {
         else if (!strcmp(argv[i], "size")) opt.size = atol(value);
         else if (!strcmp(argv[i], "pipeline")) opt.pipeline = atol(value);
         else if (!strcmp(argv[i], "seconds")) opt.seconds = atof(value);
+        else if (!strcmp(argv[i], "tls")) opt.tls = atol(value);
         else if (!strcmp(argv[i], "warmup")) opt.warmup = atof(value);
         else fail("%s: no such name", argv[i]);
     }
@@ -438,10 +542,15 @@ static void parse(int argc, char **argv) {
 
 int main(int argc, char **argv) {
     struct rlimit files;
+    /* OpenSSL writes as it likes. */
+    signal(SIGPIPE, SIG_IGN);
     parse(argc, argv);
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
+#ifndef TLS
+    if (opt.tls) fail("built without TLS");
+#endif
     ep = epoll_create1(0);
     if (!strcmp(opt.kind, "echo")) echo();
     else if (!strcmp(opt.kind, "connect")) connects();

@@ -163,7 +163,8 @@ def main() -> int:
         )
     works = [work for work in works if driver.can(work)]
     results["notes"] = driver.notes
-    results["load"] = "load.py" if driver.load_is_slow else "load.c"
+    slow = {work.name for work in works if driver.load_is_slow(work)}
+    results["loads"] = {w.name: "load.py" if w.name in slow else "load.c" for w in works}
     if options.json:
         try:
             _write(results, options.json)
@@ -176,11 +177,12 @@ def main() -> int:
             print("\n".join(report.table(found)), flush=True)
         if options.json:
             _write(results, options.json)
-    if driver.load_is_slow:
+    judged = {name: found for name, found in results["works"].items() if name not in slow}
+    if not judged:
         print("\nno goal is judged, for the load was too slow")
     else:
-        results["goals"] = goals.judged(results["works"])
-        results["goals_not_judged"] = goals.not_judged(results["works"])
+        results["goals"] = goals.judged(judged)
+        results["goals_not_judged"] = goals.not_judged(judged)
         print("\n".join(goals.lines(results["goals"], results["goals_not_judged"])))
     print(f"\n{time.monotonic() - begun:.0f} s")
     if options.json:

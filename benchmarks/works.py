@@ -116,8 +116,8 @@ WORKS = (
             ),
             (
                 "tls-connect",
-                "TLS, handshake, 64 bytes and back, close; one at a time",
-                {"kind": "connect", "conns": 1},
+                "TLS, handshake, 64 bytes and back, close; 20 at a time",
+                {"kind": "connect", "conns": 20},
             ),
         )
     ),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,8 +49,15 @@ def driver(part: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     module = part("driver")
     monkeypatch.setattr(module, "_built", built)
+    with limits_kept():
+        yield module.Driver(server_core=None, load_core=None)
+
+
+@contextmanager
+def limits_kept() -> Iterator[None]:
+    """A driver raises its own."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield module.Driver(server_core=None, load_core=None)
+    yield
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
@@ -135,7 +142,24 @@ def test_tls() -> None:
         assert output.count(f"\n{server} ") == 2
 
 
-@pytest.mark.parametrize("work", ["echo-1", "lines", "broadcast", "connect"])
+def test_without_openssl(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its headers may be missing. Then works with TLS have the slow load, and no others."""
+
+    def built(name: str, *options: str) -> str:
+        if options:
+            raise RuntimeError("cc fails")
+        return name
+
+    module, works = part("driver"), part("works").WORKS
+    monkeypatch.setattr(module, "_built", built)
+    with limits_kept():
+        driver = module.Driver(server_core=None, load_core=None)
+    assert "with OpenSSL, cc fails: the load with TLS is made by Python" in driver.notes[0]
+    slow = {work.name for work in works if driver.load_is_slow(work)}
+    assert slow == {"tls-50", "tls-16k", "tls-connect"}
+
+
+@pytest.mark.parametrize("work", ["echo-1", "lines", "broadcast", "connect", "tls-50"])
 def test_without_a_compiler(work: str, tmp_path: Path) -> None:
     """The load is then made by Python, which is said, and it does the same."""
     empty = tmp_path / "bin"
