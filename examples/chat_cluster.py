@@ -6,6 +6,10 @@ Who is connected here is sent a message at once, the others by way of Redis; so 
 messages, not all in the same order. While Redis is away each process is a room of its own, and its
 clients are told. At SIGTERM they are sent all that was said, then the end, and go elsewhere.
 
+Behind a balancer that says whose connections it passes on (the PROXY protocol: send-proxy-v2 in
+haproxy), --proxy-protocol names the balancers to believe. Nobody else is served then, and the
+output tells who has come.
+
     python examples/chat_cluster.py --port 7023 --redis 127.0.0.1:6379
     python examples/chat_cluster.py --port 7024 --redis 127.0.0.1:6379
     python examples/chat_client.py --port 7023 --name ann      and bob, at 7024
@@ -13,6 +17,8 @@ clients are told. At SIGTERM they are sent all that was said, then the end, and 
 
 import argparse
 import signal
+from functools import partial
+from ipaddress import ip_network
 
 import trio
 from chat import CODEC, WATERMARKS
@@ -23,6 +29,7 @@ from trioreactor import (
     Backoff,
     Callbacks,
     ConnectionState,
+    ProxyProtocol,
     ServiceNotifier,
     TcpConnection,
     TcpServer,
@@ -43,7 +50,13 @@ TOGETHER = CODEC.encode(b"* other servers are back: all read you again")
 class Room:
     """Who is connected here, and what ties them to the others."""
 
-    def __init__(self, acceptors: list[Acceptor], redis: tuple[str, int], backoff: Backoff) -> None:
+    def __init__(
+        self,
+        acceptors: list[Acceptor],
+        redis: tuple[str, int],
+        backoff: Backoff,
+        proxy_protocol: ProxyProtocol | None,
+    ) -> None:
         self.alone = False
         self.fanout = RedisFanout(*redis, b"chat", self._broadcast, self._on_fanout, backoff)
         callbacks = Callbacks(
@@ -52,11 +65,21 @@ class Room:
             draining=TcpConnection.shutdown,
         )
         self.server = TcpServer(
-            callbacks, listeners=acceptors, watermarks=WATERMARKS, timeouts=TIMEOUTS
+            callbacks,
+            listeners=acceptors,
+            watermarks=WATERMARKS,
+            timeouts=TIMEOUTS,
+            proxy_protocol=proxy_protocol,
         )
 
     def _on_connection(self, conn: TcpConnection) -> None:
-        if conn.state is ConnectionState.CONNECTED and self.alone:
+        if conn.state is not ConnectionState.CONNECTED:
+            return
+        header = conn.proxy_header
+        # One without a source is the balancer itself, which asks whether we are well.
+        if header is not None and header.source is not None:
+            print(f"{format_address(conn.peer_address)} has come", flush=True)
+        if self.alone:
             conn.send(ALONE)
 
     def _on_message(self, conn: TcpConnection, message: bytes) -> None:
@@ -83,12 +106,13 @@ async def main(
     redis: tuple[str, int] = ("127.0.0.1", 6379),
     grace: float = 5,
     *,
+    proxy_protocol: ProxyProtocol | None = None,
     backoff: Backoff = BACKOFF,
     task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     notifier = ServiceNotifier()
     acceptors = inherited_acceptors(name="chat") or await open_tcp_acceptors(port, host=host)
-    room = Room(acceptors, redis, backoff)
+    room = Room(acceptors, redis, backoff, proxy_protocol)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(room.server.serve)
@@ -115,5 +139,9 @@ if __name__ == "__main__":
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--redis", type=address, default="127.0.0.1:6379", metavar="HOST:PORT")
     parser.add_argument("--drain-seconds", type=float, default=5)
+    parser.add_argument("--proxy-protocol", action="append", type=ip_network, metavar="NETWORK")
     args = parser.parse_args()
-    trio.run(main, args.port, args.host, args.redis, args.drain_seconds)
+    proxies = ProxyProtocol(trusted=args.proxy_protocol) if args.proxy_protocol else None
+    trio.run(
+        partial(main, args.port, args.host, args.redis, args.drain_seconds, proxy_protocol=proxies)
+    )

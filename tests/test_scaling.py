@@ -12,14 +12,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from tests.conftest import until
-from tests.servers import installed, server_process, unused_port
+from tests.conftest import connect, until
+from tests.servers import installed, rest_of, server_process, unused_port
 from tests.test_client_examples import Program, program
 from tests.test_examples import ROOT, load
 from trioreactor import (
@@ -32,6 +33,7 @@ from trioreactor import (
     ProtocolError,
     TcpClient,
     TcpConnection,
+    format_address,
 )
 
 DEPLOY = ROOT / "examples" / "deploy"
@@ -46,13 +48,23 @@ def _examples_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Member:
-    """A client that comes back, and what it has read."""
+    """A client that comes back, from *source*, and what it has read."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, source: str) -> None:
         self.read: list[bytes] = []
         self.client = TcpClient(
-            "127.0.0.1", port, self._handler, backoff=Backoff(initial=0.02, maximum=0.2)
+            "127.0.0.1",
+            port,
+            self._handler,
+            backoff=Backoff(initial=0.02, maximum=0.2),
+            local_address=source,
         )
+
+    @property
+    def has_come(self) -> str:
+        """The line by which a server behind a proxy says that it serves this one."""
+        assert self.client.connection is not None
+        return f"{format_address(self.client.connection.local_address)} has come\n"
 
     async def _handler(self, conn: TcpConnection) -> None:
         async for message in FramedChannel(conn, CODEC):
@@ -113,8 +125,8 @@ async def haproxy(path: str, backends: list[int], directory: Path) -> AsyncItera
 
 
 @contextmanager
-def chat(port: int, redis_port: int) -> Any:
-    with program("chat_cluster", port, "--redis", f"127.0.0.1:{redis_port}") as running:
+def chat(port: int, redis_port: int, *arguments: str) -> Any:
+    with program("chat_cluster", port, "--redis", f"127.0.0.1:{redis_port}", *arguments) as running:
         yield running
 
 
@@ -127,7 +139,7 @@ def established(port: int) -> int:
 @asynccontextmanager
 async def members(port: int, count: int) -> AsyncIterator[list[Member]]:
     async with AsyncExitStack() as stack:
-        found = [Member(port) for _ in range(count)]
+        found = [Member(port, f"127.0.0.{7 + number}") for number in range(count)]
         for member in found:
             await stack.enter_async_context(member.client)
             with trio.fail_after(20):
@@ -143,21 +155,29 @@ async def in_thread(fn: Callable[..., Any], *arguments: object) -> Any:
 
 @pytest.mark.program
 async def test_a_cluster_behind_haproxy(tmp_path: Path) -> None:
-    """Least connections spreads two clients over two servers, which hear each other. The broker is
-    killed: each server goes on by itself, says so once, and they are one again when it is back. A
-    server is killed: its client comes back by haproxy, to the other one.
+    """Least connections spreads two clients over two servers, which know their addresses, and hear
+    each other. The broker is killed: each server goes on by itself, says so once, and they are one
+    again when it is back. A server is killed: its client comes back by haproxy, to the other one.
     """
+    behind = ("--proxy-protocol", "127.0.0.1")
     redis_path, haproxy_path = installed("redis-server"), installed("haproxy")
     async with AsyncExitStack() as stack:
         broker_port, *ports = [stack.enter_context(unused_port()) for _ in range(3)]
         broker = await stack.enter_async_context(redis(redis_path, broker_port))
-        servers: list[Program] = [stack.enter_context(chat(p, broker_port)) for p in ports]
+        servers: list[Program] = [
+            stack.enter_context(chat(port, broker_port, *behind)) for port in ports
+        ]
         for server in servers:
             await in_thread(server.says, "fan-out works; messages lost so far: 0")
         front = await stack.enter_async_context(haproxy(haproxy_path, ports, tmp_path))
         ann, bob = await stack.enter_async_context(members(front, 2))
         # Health checks come and go.
         await until(lambda: [established(port) for port in ports] == [1, 1])
+        # Each server's next line, so nobody else has come, and the checks are not told of.
+        came = [await in_thread(server.out.readline) for server in servers]
+        assert sorted(came) == [ann.has_come, bob.has_come]
+        async with connect(("127.0.0.1", ports[0]), source="127.0.0.9") as stranger:
+            assert await rest_of(stranger) == b""
         await exchange(ann, [bob], b"hello from ann")
         await exchange(bob, [ann], b"hello from bob")
 
@@ -183,11 +203,13 @@ async def test_a_cluster_behind_haproxy(tmp_path: Path) -> None:
 
             # Ann's is the server that has lost a message.
             mine = heard.index("fan-out works; messages lost so far: 1\n")
+            assert came[mine] == ann.has_come
             before = ann.client.statistics().opened
             servers[mine].kill()
             await until(lambda: ann.client.statistics().opened > before)
             await until(lambda: established(ports[1 - mine]) == 2)
             await ann.is_served()
+            assert await in_thread(servers[1 - mine].out.readline) == ann.has_come
             await exchange(ann, [bob], b"here again")
             for member in (ann, bob):
                 said = [text for text in member.read if text]
@@ -336,6 +358,10 @@ def test_unit_files() -> None:
     assert set(given) <= options()
     assert float(given["--drain-seconds"]) + 2 <= float(service["TimeoutStopSec"])
     assert service["Type"] == "notify"
+    # What haproxy.cfg sends is believed, and nobody comes who does not send it.
+    assert "send-proxy-v2" in (DEPLOY / "haproxy.cfg").read_text()
+    proxy = ip_network(given["--proxy-protocol"])
+    assert unit("chat@.socket")["ListenStream"] == f"{proxy.network_address}:%i"
     name = unit("chat@.socket")["FileDescriptorName"]
     source = (ROOT / "examples" / "chat_cluster.py").read_text()
     assert f'inherited_acceptors(name="{name}")' in source
