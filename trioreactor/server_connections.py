@@ -19,6 +19,7 @@ from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters, ConnectionTotals
 from trioreactor.exception_groups import lone
 from trioreactor.handler_errors import close_and_log, end_after
+from trioreactor.loop_watchdog import LoopWatchdog
 from trioreactor.opening import Opening, open_connection
 from trioreactor.options import Timeouts, Watermarks
 from trioreactor.proxy_protocol import NOBODY, counted_address
@@ -36,6 +37,8 @@ class Service:
     watermarks: Watermarks
     timeouts: Timeouts
     behind_proxy: bool
+    watchdog: float | None = None
+    """The threshold, seconds, in loops that are not the server's own."""
 
     def entrant(self, peer: SocketAddress) -> SocketAddress:
         """Whom the limits count one from *peer* as when it comes: behind a proxy its client is not
@@ -83,6 +86,10 @@ class ServerConnections:
     def _all(self) -> list[TcpConnection]:
         # A list of its own, for whoever may end some of them.
         return list(self._living.values())
+
+    def watchdogs(self) -> list[LoopWatchdog]:
+        """Those of loops that are not the server's own: none."""
+        return []
 
     def totals(self) -> ConnectionTotals:
         """The counters as they are now."""

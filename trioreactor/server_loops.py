@@ -37,6 +37,7 @@ from trioreactor.default_poller import current_poller
 from trioreactor.event_loop import EventLoop
 from trioreactor.exception_groups import unwrapped
 from trioreactor.limits import ConnectionLimiter
+from trioreactor.loop_watchdog import LoopWatchdog
 from trioreactor.poller import Poller
 from trioreactor.server_connections import ServerConnections, Service
 from trioreactor.state import CloseReason, ConnectionState
@@ -79,6 +80,7 @@ class LoopShare(ServerConnections):
     ) -> None:
         super().__init__(service, self._leave)
         self.loop = loop
+        self.watchdog = None if service.watchdog is None else LoopWatchdog(service.watchdog)
         # How many were handed over and have not left, as the accept loop knows: it alone counts.
         self.present = 0
         # Where the server is, and what it is to be told there.
@@ -125,6 +127,8 @@ class LoopShare(ServerConnections):
 
     async def serve(self, ready: Callable[[], object]) -> None:
         """Serve until all have ended and no more will come, or until cancelled."""
+        if self.watchdog is not None:
+            self.watchdog.start()
         try:
             with unwrapped():
                 async with trio.open_nursery() as nursery:
@@ -136,6 +140,8 @@ class LoopShare(ServerConnections):
                         # The nursery may close as soon as this has ended.
                         self._over = True
         finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
             if self._poller is not None:
                 await self._poller.wait_stopped()  # noqa: ASYNC102 shielded
 
@@ -248,6 +254,10 @@ class ServerLoops:
     def totals(self) -> ConnectionTotals:
         """The counters over all loops. Those of each loop are of one moment."""
         return sum_of_totals([share.totals() for share in self._all()])
+
+    def watchdogs(self) -> list[LoopWatchdog]:
+        """Those of the loops, if they are watched."""
+        return [share.watchdog for share in self._all() if share.watchdog is not None]
 
     def broadcast(self, message: bytes, to: Iterable[TcpConnection] | None) -> int:
         """Send in every loop: at once in the caller's, soon in the others, in the order in which

@@ -17,8 +17,8 @@ class ServerStatistics(ConnectionTotals):
     shed: int
     """Newcomers turned away because no descriptor was free."""
     loop_lag: float | None = None
-    """How long the loop was away from the kernel at the most since the watchdog began: the longest
-    turn, seconds, whatever the reason was. None without a watchdog."""
+    """How long a loop of the server was away from the kernel at the most since the watchdog began:
+    the longest turn, seconds, whatever the reason was. None without a watchdog."""
     loop_holds: int = 0
     """How many turns took longer than the watchdog's threshold."""
 

@@ -59,8 +59,8 @@ class TcpServer:
     `TcpConnection.start_tls`: `TcpConnection.tls` then tells of it. It has `Timeouts.handshake`
     seconds, in a task of its own.
 
-    *watchdog* is how many seconds one turn of the loop may take before `LoopWatchdog` warns of who
-    holds it, while this serves; None for no watchdog. (0.1 s: asyncio's slow_callback_duration)
+    *watchdog* is how many seconds one turn of a loop, this or one of *loops*, may take before
+    `LoopWatchdog` warns of who holds it; None for no watchdog. (0.1 s: as asyncio's)
 
     With *loops*, an `EventLoopThreadPool` that runs, this loop accepts and the pool's serve: each
     connection lives in one of theirs, handler, callbacks and *on_drop* included, and only there may
@@ -143,6 +143,7 @@ class TcpServer:
             watermarks=watermarks,
             timeouts=timeouts,
             behind_proxy=proxy_protocol is not None,
+            watchdog=watchdog,
         )
         self._connections = (
             ServerConnections(self._service, self._limiter.leave)
@@ -194,11 +195,13 @@ class TcpServer:
 
     def statistics(self) -> ServerStatistics:
         """The counters as they are now."""
+        watchdogs = [] if self._watchdog is None else [self._watchdog]
+        watchdogs += self._connections.watchdogs()
         return ServerStatistics(
             rejected=MappingProxyType(self._limiter.rejected()),
             shed=sum(acceptor.statistics().shed for acceptor in self._acceptors),
-            loop_lag=None if self._watchdog is None else self._watchdog.longest,
-            loop_holds=0 if self._watchdog is None else self._watchdog.holds,
+            loop_lag=max((watchdog.longest for watchdog in watchdogs), default=None),
+            loop_holds=sum(watchdog.holds for watchdog in watchdogs),
             **self._connections.totals().as_fields(),
         )
 
