@@ -7,7 +7,10 @@ The convention of README.md and docs/*.md:
 - A program that names port 7000 and dials nobody is a server, which runs until SIGTERM. One that
   names port 7000 and dials is its document's client, and talks to each of that document's servers.
 - A block with ``def test_`` in it is a test module, for pytest.
-- Each line of a ```sh block is one command.
+- A block that begins with ``# name.py`` is a file of that name, for the document's commands.
+- Each line of a ```sh block is one command. One that serves such a file is a server for the
+  document's clients.
+- A ```ini block is a unit of systemd.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import pytest
 import trio
 
 import trioreactor
+from tests.servers import installed
 from tests.test_layering import LAYERS
 
 pytestmark = pytest.mark.program
@@ -73,7 +77,15 @@ class Program:
     output: str
 
     @property
+    def file(self) -> str | None:
+        """The name of the file that it is to be saved as."""
+        found = re.match(r"# (\w+\.py)$", self.code, re.MULTILINE)
+        return found[1] if found else None
+
+    @property
     def kind(self) -> str:
+        if self.file is not None:
+            return "file"
         if "def test_" in self.code:
             return "test"
         if not PORT.search(self.code):
@@ -196,6 +208,15 @@ async def end(process: trio.Process, number: signal.Signals) -> int:
         return await process.wait()
 
 
+async def be_the_clients(document: str, directory: Path, port: str) -> None:
+    """Run the document's clients, one after the other, with the server on that port."""
+    clients = [p for p in PROGRAMS if p.kind == "client" and p.document == document]
+    assert clients
+    for client in clients:
+        assert client.output, "the document does not show what it prints"
+        assert await run(directory, "-c", PORT.sub(port, client.code)) == client.output
+
+
 @of_kind("program")
 async def test_program(program: Program, tmp_path: Path) -> None:
     """A program of the documents ends by itself and prints what they say."""
@@ -206,16 +227,10 @@ async def test_program(program: Program, tmp_path: Path) -> None:
 @of_kind("server")
 async def test_server(program: Program, tmp_path: Path) -> None:
     """A server of the documents serves their clients, and ends at SIGTERM as it says."""
-    clients = [
-        other for other in PROGRAMS if other.kind == "client" and other.document == program.document
-    ]
-    assert clients
-    assert all(client.output for client in clients), "the document does not show what one prints"
     with free_port() as port:
         command = ["-W", "error", "-c", PORT.sub(port, program.code)]
         async with server_process(tmp_path, command, port) as process:
-            for client in clients:
-                assert await run(tmp_path, "-c", PORT.sub(port, client.code)) == client.output
+            await be_the_clients(program.document, tmp_path, port)
             code = await end(process, signal.SIGTERM)
     assert (tmp_path / "stderr").read_text() == ""
     assert (tmp_path / "stdout").read_text() == program.output
@@ -249,6 +264,15 @@ def commands() -> list[Any]:
     ]
 
 
+async def understood(arguments: list[str], directory: Path) -> None:
+    """Our command line has these options, and takes these values for them."""
+    # Values are looked at in their order, so --help comes last.
+    usage = await run(directory, "-m", "trioreactor", *arguments, "--help")
+    for option in arguments:
+        if option.startswith("-"):
+            assert f"{option} " in usage
+
+
 @pytest.mark.parametrize("command", commands())
 async def test_command(command: list[str], tmp_path: Path) -> None:
     """A command of the documents exists, with the options that it is given."""
@@ -264,10 +288,7 @@ async def test_command(command: list[str], tmp_path: Path) -> None:
             pass
         case ["python", "-m", "trioreactor", name, *arguments]:
             assert importlib.util.find_spec("trioreactor.__main__") is not None
-            usage = await run(tmp_path, "-m", "trioreactor", name, "--help")
-            for option in arguments:
-                if option.startswith("-"):
-                    assert option in usage
+            await understood([name, *arguments], tmp_path)
         case _:
             pytest.fail(f"no rule says how to check {command}")
 
@@ -281,23 +302,69 @@ def test_scripts(document: Path) -> None:
 
 async def test_command_line_server_is_the_readme_server(tmp_path: Path) -> None:
     """README's clients talk to ``python -m trioreactor echo`` as to README's own server."""
-    clients = [p for p in PROGRAMS if p.document == "README.md" and p.kind == "client"]
-    assert clients
     with free_port() as port:
         command = ["-W", "error", "-m", "trioreactor", "echo", "--port", port]
         async with server_process(tmp_path, command, port) as process:
-            for client in clients:
-                assert await run(tmp_path, "-c", PORT.sub(port, client.code)) == client.output
+            await be_the_clients("README.md", tmp_path, port)
             assert await end(process, signal.SIGINT) == 0
+
+
+@of_kind("file")
+async def test_served_file(program: Program, tmp_path: Path) -> None:
+    """The commands that serve a file of the document serve its clients, and drain at SIGTERM."""
+    assert program.file is not None
+    (tmp_path / program.file).write_text(program.code)
+    target = f" serve {program.file.removesuffix('.py')}:"
+    (document,) = (document for document in DOCUMENTS if document.name == program.document)
+    lines = [line for each in blocks(document.read_text(), "sh") for line in each.splitlines()]
+    serving = [line for line in lines if target in line]
+    assert serving
+    for line in serving:
+        with free_port() as port:
+            python, *command = shlex.split(PORT.sub(port, line))
+            assert python == "python"
+            async with server_process(tmp_path, ["-W", "error", *command], port) as process:
+                await be_the_clients(program.document, tmp_path, port)
+                assert await end(process, signal.SIGTERM) == 0
+        assert "WARNING" not in (tmp_path / "stderr").read_text()
+
+
+def units() -> list[Any]:
+    return [
+        pytest.param(block, id=f"{document.name}-{number}")
+        for document in DOCUMENTS
+        for number, block in enumerate(blocks(document.read_text(), "ini"))
+    ]
+
+
+@pytest.mark.parametrize("text", units())
+async def test_unit(text: str, tmp_path: Path) -> None:
+    """systemd has nothing to say about a unit of the documents, nor has its program."""
+    verify = installed("systemd-analyze")
+    command = re.search(r"^ExecStart=(\S+) (.*)$", text, re.MULTILINE)
+    assert command is not None
+    await understood(shlex.split(command[2])[2:], tmp_path)
+    unit = tmp_path / "app.service"
+    unit.write_text(text.replace(command[1], sys.executable))
+    done = await trio.run_process(
+        [verify, "verify", "--man=no", str(unit)], capture_stderr=True, check=False
+    )
+    said = [line for line in done.stderr.decode().splitlines() if unit.name in line]
+    assert (done.returncode, said) == (0, []), done.stderr
 
 
 # -- links and names
 
 
+def anchor(heading: str) -> str:
+    """The name that a heading can be linked by."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def anchors(document: Path) -> set[str]:
     """The names that a document's headings can be linked by."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(anchor, headings))
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda d: d.name)
@@ -310,6 +377,20 @@ def test_links(document: Path) -> None:
         target = (document.parent / name).resolve() if name else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_contents() -> None:
+    """A document that begins with a table of contents has each of its sections there, in order."""
+    found = 0
+    for document in DOCUMENTS:
+        text = BLOCK.sub("", document.read_text())
+        beginning, _, rest = text.partition("\n## ")
+        listed = re.findall(r"\]\(#(.+?)\)", beginning.partition("\n- ")[2])
+        if listed:
+            found += 1
+            headings = re.findall(r"^##+ (.*)$", f"## {rest}", re.MULTILINE)
+            assert listed == [anchor(heading) for heading in headings], document.name
+    assert found == 2
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
