@@ -16,27 +16,27 @@ output tells who has come.
 """
 
 import argparse
-import signal
-from functools import partial
+import sys
+from collections.abc import Sequence
 from ipaddress import ip_network
+from typing import Any
 
 import trio
 from chat import CODEC, WATERMARKS
 from parts.redis_fanout import RedisFanout
 
 from trioreactor import (
-    Acceptor,
     Backoff,
     Callbacks,
     ConnectionState,
     ProxyProtocol,
-    ServiceNotifier,
     TcpConnection,
     TcpServer,
     Timeouts,
     format_address,
     inherited_acceptors,
     open_tcp_acceptors,
+    serve_until_signalled,
 )
 
 # Full jitter: the processes that lost the same broker do not come back to it as one.
@@ -50,37 +50,23 @@ TOGETHER = CODEC.encode(b"* other servers are back: all read you again")
 class Room:
     """Who is connected here, and what ties them to the others."""
 
-    def __init__(
-        self,
-        acceptors: list[Acceptor],
-        redis: tuple[str, int],
-        backoff: Backoff,
-        proxy_protocol: ProxyProtocol | None,
-    ) -> None:
+    def __init__(self, redis: tuple[str, int], **options: Any) -> None:
         self.alone = False
-        self.fanout = RedisFanout(*redis, b"chat", self._broadcast, self._on_fanout, backoff)
+        self.fanout = RedisFanout(*redis, b"chat", self._broadcast, self._on_fanout, BACKOFF)
         callbacks = Callbacks(
             message=CODEC.on_message(self._on_message),
             connection=self._on_connection,
             draining=TcpConnection.shutdown,
         )
-        self.server = TcpServer(
-            callbacks,
-            listeners=acceptors,
-            watermarks=WATERMARKS,
-            timeouts=TIMEOUTS,
-            proxy_protocol=proxy_protocol,
-        )
+        self.server = TcpServer(callbacks, watermarks=WATERMARKS, timeouts=TIMEOUTS, **options)
 
     def _on_connection(self, conn: TcpConnection) -> None:
-        if conn.state is not ConnectionState.CONNECTED:
-            return
-        header = conn.proxy_header
-        # One without a source is the balancer itself, which asks whether we are well.
-        if header is not None and header.source is not None:
-            print(f"{format_address(conn.peer_address)} has come", flush=True)
-        if self.alone:
-            conn.send(ALONE)
+        if conn.state is ConnectionState.CONNECTED:
+            # One without a source is the balancer itself, which asks whether we are well.
+            if conn.proxy_header is not None and conn.proxy_header.source is not None:
+                print(f"{format_address(conn.peer_address)} has come", flush=True)
+            if self.alone:
+                conn.send(ALONE)
 
     def _on_message(self, conn: TcpConnection, message: bytes) -> None:
         if message:
@@ -101,31 +87,19 @@ class Room:
 
 
 async def main(
-    port: int,
-    host: str = "127.0.0.1",
-    redis: tuple[str, int] = ("127.0.0.1", 6379),
-    grace: float = 5,
-    *,
-    proxy_protocol: ProxyProtocol | None = None,
-    backoff: Backoff = BACKOFF,
-    task_status: trio.TaskStatus[list[Acceptor]] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    notifier = ServiceNotifier()
+    port: int, host: str, redis: tuple[str, int], grace: float, trusted: Sequence[Any]
+) -> int:
     acceptors = inherited_acceptors(name="chat") or await open_tcp_acceptors(port, host=host)
-    room = Room(acceptors, redis, backoff, proxy_protocol)
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(room.server.serve)
-            print(f"chat on {format_address(acceptors[0].address)}", flush=True)
-            nursery.start_soon(room.fanout.run)
-            nursery.start_soon(notifier.keep_watchdog)
-            notifier.ready()
-            task_status.started(acceptors)
-            await anext(signals)
-            notifier.stopping()
-            report = await room.server.drain(grace)
-            print(f"drained: {report.finished} ended, {len(report.forced)} were closed")
-            nursery.cancel_scope.cancel()
+    proxies = ProxyProtocol(trusted=trusted) if trusted else None
+    room = Room(redis, listeners=acceptors, proxy_protocol=proxies)
+    print(f"chat on {format_address(acceptors[0].address)}", flush=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(room.fanout.run)
+        code = await serve_until_signalled(room.server, grace=grace)
+        nursery.cancel_scope.cancel()
+    closed = {reason.value: count for reason, count in room.server.statistics().closed.items()}
+    print(f"drained: {closed}")
+    return code
 
 
 def address(text: str) -> tuple[str, int]:
@@ -141,7 +115,5 @@ if __name__ == "__main__":
     parser.add_argument("--drain-seconds", type=float, default=5)
     parser.add_argument("--proxy-protocol", action="append", type=ip_network, metavar="NETWORK")
     args = parser.parse_args()
-    proxies = ProxyProtocol(trusted=args.proxy_protocol) if args.proxy_protocol else None
-    trio.run(
-        partial(main, args.port, args.host, args.redis, args.drain_seconds, proxy_protocol=proxies)
-    )
+    trusted = args.proxy_protocol or ()
+    sys.exit(trio.run(main, args.port, args.host, args.redis, args.drain_seconds, trusted))

@@ -228,7 +228,7 @@ async def test_a_drain_moves_clients_on() -> None:
             await ann.reads(ALONE)
             await exchange(ann, [bob], b"the last word")
             server.process.terminate()
-            await in_thread(server.says, "drained: 2 ended, 0 were closed")
+            await in_thread(server.says, "drained: {'peer_eof': 2}")
             assert await in_thread(server.process.wait) == 0
 
 
@@ -339,6 +339,8 @@ def test_kubernetes_file() -> None:
     assert (ROOT / command[1]).is_file()
     given = dict(zip(command[2::2], command[3::2], strict=True))
     assert set(given) <= options()
+    # A Service sends no header.
+    assert "--proxy-protocol" not in given
     (port,) = container["ports"]
     assert str(port["containerPort"]) == given["--port"]
     assert container["readinessProbe"]["tcpSocket"]["port"] == port["name"]
