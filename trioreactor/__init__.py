@@ -57,7 +57,7 @@ from trioreactor.tls import TlsInfo
 from trioreactor.worker_options import WorkerOptions
 from trioreactor.workers import Supervisor, SupervisorStatistics
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     # servers
