@@ -28,6 +28,7 @@ from trioreactor import (
     TcpServer,
     loop_lookout,
 )
+from trioreactor.loop_turns import LoopTurns
 from trioreactor.loop_watchdog import _current
 
 ROOT = Path(__file__).parents[1]
@@ -379,6 +380,25 @@ async def test_starting_and_stopping() -> None:
         watchdog.stop()
         assert watching_threads() == 0
     assert watchdog.longest > 0
+
+
+async def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server does not serve, and nothing of it is left: no socket, no hook in the loop."""
+    hooked: list[object] = []
+    monkeypatch.setattr(LoopTurns, "before_io_wait", lambda *args: hooked.append(args))
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = local(echo)
+    async with no_leaks():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await server.serve()
+        await trio.sleep(0.01)
+    assert hooked == []
+    assert _current.get() is None
 
 
 @pytest.mark.program

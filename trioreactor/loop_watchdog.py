@@ -115,8 +115,9 @@ class _Watch:
         self._thread = threading.Thread(
             target=LoopLookout(self.turns).run, name="trioreactor.watchdog", daemon=True
         )
-        trio.lowlevel.add_instrument(self.turns)
+        # There may be no thread to be had; then nothing is left behind.
         self._thread.start()
+        trio.lowlevel.add_instrument(self.turns)
 
     def add(self, threshold: float) -> None:
         """One more watchdog."""

@@ -226,9 +226,9 @@ class TcpServer:
             raise RuntimeError("this server has served already: make another TcpServer")
         self._started = True
         self._acceptors = await self._open()
-        if self._watchdog is not None:
-            self._watchdog.start()
         try:
+            if self._watchdog is not None:
+                self._watchdog.start()
             with unwrapped():
                 async with trio.open_nursery() as nursery:
                     await self._connections.serve_in(
