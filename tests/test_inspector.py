@@ -8,7 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from trioreactor import TcpConnection, TcpServer
+from tests.conftest import no_leaks
+from trioreactor import EventLoopThreadPool, TcpConnection, TcpServer
 from trioreactor.inspector import log_everything
 
 
@@ -66,3 +67,24 @@ async def test_log_everything(caplog: pytest.LogCaptureFixture) -> None:
     assert not any("wait_task_rescheduled" in line for line in here)
     assert len(tasks) > 62
     assert turns > 2
+
+
+async def test_loops_that_end_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    """It goes on without them; nor does it fail when they have ended before."""
+    caplog.set_level(logging.INFO, "trioreactor.inspector")
+    begun = trio.Event()
+
+    def notice(_record: logging.LogRecord) -> bool:
+        begun.set()
+        return True
+
+    caplog.handler.addFilter(notice)
+    async with no_leaks(), trio.open_nursery() as nursery:
+        async with EventLoopThreadPool(2) as pool:
+            server = TcpServer(wait_for_them, 0, loops=pool)
+            nursery.start_soon(log_everything, [server])
+            await begun.wait()
+        caplog.handler.removeFilter(notice)
+        await log_everything([server])
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line.startswith("server ") for line in lines) == 2

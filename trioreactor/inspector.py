@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from types import FrameType
 
@@ -13,6 +14,7 @@ import trio
 from trioreactor.address import format_address
 from trioreactor.connection_statistics import ConnectionStatistics
 from trioreactor.event_loop import EventLoop
+from trioreactor.server_loops import LoopPool
 from trioreactor.server_statistics import ServerStatistics
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer
@@ -40,8 +42,18 @@ async def log_everything(servers: Sequence[TcpServer]) -> None:
     await _log_loop([conn for conn in conns if conn.loop is here])
     pools = {server.loops for server in servers if server.loops is not None}
     for pool in pools:
-        for loop in pool.loops:
-            await pool.run(loop, _log_loop, [conn for conn in conns if conn.loop is loop])
+        # An error here would be their end who asked: a pool may have ended, or end meanwhile.
+        for loop in _loops_of(pool):
+            with suppress(trio.RunFinishedError):
+                await pool.run(loop, _log_loop, [conn for conn in conns if conn.loop is loop])
+    await trio.lowlevel.checkpoint()
+
+
+def _loops_of(pool: LoopPool) -> Sequence[EventLoop]:
+    try:
+        return pool.loops
+    except RuntimeError:
+        return ()
 
 
 async def _log_loop(conns: Sequence[TcpConnection]) -> None:
