@@ -177,6 +177,8 @@ class _Signalled:
         self._notifier = notifier
         self._deadline = deadline
         self._code = 0
+        # Set when it serves.
+        self._serves = trio.Event()
 
     async def run(self, task_status: trio.TaskStatus[Any]) -> int:
         # Signals come first, so that whoever knows that it has started can send one.
@@ -187,6 +189,7 @@ class _Signalled:
                     async with trio.open_nursery() as serving:
                         started = await serving.start(self._served.serve)
                         self._notifier.ready()
+                        self._serves.set()
                         nursery.start_soon(self._notifier.keep_watchdog)
                         task_status.started(started)
                 # With a dump or a replacement that is under way.
@@ -201,7 +204,7 @@ class _Signalled:
                 nursery.start_soon(self._served.dump)
             elif name == "SIGHUP":
                 if not draining:
-                    nursery.start_soon(self._served.replace)
+                    nursery.start_soon(self._replace)
             elif not draining:
                 draining = True
                 grace = self._served.grace
@@ -214,6 +217,11 @@ class _Signalled:
                 self._code = 128 + number
                 self._must_end(_AT_ONCE, self._code)
                 self._served.close()
+
+    async def _replace(self) -> None:
+        # Those that are only just being started may have read what was there before.
+        await self._serves.wait()
+        await self._served.replace()
 
     def _must_end(self, seconds: float, code: int) -> None:
         if self._deadline is not None:
