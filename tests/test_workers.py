@@ -6,8 +6,10 @@ Most run with the soak tests, for each starts several interpreters.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from trioreactor import (
     Supervisor,
     WorkerOptions,
     WorkerStartError,
+    worker_process,
 )
 
 pytestmark = pytest.mark.program
@@ -113,8 +116,12 @@ async def until(condition: Any) -> None:
 
 
 @pytest.mark.soak
-async def test_statistics_are_summed() -> None:
-    """All workers serve, each is an interpreter of its own, and what they count is added up: C."""
+async def test_statistics_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All workers serve, each is an interpreter of its own, and what they count is added up: C.
+
+    Who asks while another does is answered, too.
+    """
+    monkeypatch.setattr(worker_process, "_COUNT_PATIENCE", 1000)
     async with supervised() as supervisor:
         seen: set[int] = set()
         asked = 0
@@ -132,6 +139,9 @@ async def test_statistics_are_summed() -> None:
         assert sum(each.opened for each in counted.workers.values()) == asked
         assert min(each.opened for each in counted.workers.values()) >= 1
         assert (counted.started, counted.died, counted.hung, counted.replaced) == (2, 0, 0, 0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(supervisor.statistics)
         for client in clients:
             await client.__aexit__(None, None, None)
     counted = await supervisor.statistics()
@@ -227,11 +237,12 @@ async def test_a_hung_worker_is_replaced(how: str, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.soak
-async def test_a_worker_that_is_asked_to_end() -> None:
-    """SIGTERM to one worker: another takes its place first, and its clients are served on."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_worker_that_is_asked_to_end(number: signal.Signals) -> None:
+    """A signal to one worker: another takes its place first, and its clients are served on."""
     async with supervised(workers=1) as supervisor, connected(supervisor) as client:
         pid = await client.ask()
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
         await until(lambda: supervisor.pids != [pid])
         # A framed handler drains between two messages.
         assert await client.stream.receive_some() == b""
@@ -281,6 +292,51 @@ async def test_the_first_workers_must_start(source: str, reason: str, program: P
         with trio.fail_after(PATIENCE), pytest.raises(WorkerStartError, match=reason) as caught:
             await supervisor.serve()
     assert caught.value.details == ""
+
+
+@pytest.mark.soak
+async def test_a_first_worker_that_fails_and_does_not_end(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of its program keeps it: it is killed, and why it failed is told (D)."""
+    monkeypatch.setattr(worker_process, "UNWIND", 0.1)
+    program.write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "from tests.programs.served import raising as handler\n"
+    )
+    supervisor = Supervisor("program:handler", f"{HOST}:0", workers=1)
+    async with no_leaks():
+        with trio.fail_after(PATIENCE), pytest.raises(WorkerStartError, match="out of order"):
+            await supervisor.serve()
+
+
+async def no_thread(*_args: Any, **_options: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "value", "reason"),
+    [
+        # It has ended before it is told anything.
+        (sys, "executable", shutil.which("true"), "ended with exit code 0 before it was ready"),
+        (sys, "executable", "/nonesuch", "cannot start a process: .*No such file"),
+        (trio.lowlevel, "open_process", no_thread, "cannot start a process: .*new thread"),
+    ],
+)
+async def test_processes_that_cannot_be(
+    owner: Any, attribute: str, value: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the first is an error; of later ones the log tells, and those that serve serve on."""
+    async with supervised(workers=1) as supervisor:
+        (pid,) = supervisor.pids
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, value)
+            assert not await supervisor.replace()
+            async with no_leaks():
+                with pytest.raises(WorkerStartError, match=reason):
+                    await Supervisor(WHO, f"{HOST}:0", workers=2).serve()
+        assert supervisor.pids == [pid]
 
 
 async def test_port_in_use() -> None:
@@ -335,6 +391,25 @@ async def test_who_is_connected_stays_with_the_old_worker() -> None:
             assert await client.stream.receive_some() == b"2"
             assert is_running(old[0])
         await until(lambda: not is_running(old[0]))
+
+
+@pytest.mark.soak
+async def test_a_successor_that_dies_while_its_predecessor_drains() -> None:
+    """It is replaced at once: the one that drains listens no more."""
+    async with supervised("tests.programs.served:echo", workers=1) as supervisor:
+        (old,) = supervisor.pids
+        async with connected(supervisor) as client:
+            await client.stream.send_all(b"1\n")
+            assert await client.stream.receive_some() == b"1\n"
+            assert await supervisor.replace()
+            (new,) = supervisor.pids
+            os.kill(new, signal.SIGKILL)
+            await until(lambda: supervisor.pids not in ([], [new]))
+            assert is_running(old)
+            assert (await supervisor.statistics()).died == 1
+            # It was served all the while.
+            await client.stream.send_all(b"2\n")
+            assert await client.stream.receive_some() == b"2\n"
 
 
 @pytest.mark.soak
@@ -430,6 +505,23 @@ async def test_drain_ends_by_its_grace() -> None:
         assert 0.3 <= trio.current_time() - begun < 3
         assert await client.stream.receive_some() == b""
     assert (await supervisor.statistics()).total.active == 0
+
+
+@pytest.mark.soak
+async def test_drain_bounds_those_that_drain_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was given longer when it was replaced is killed (D)."""
+    monkeypatch.setattr(worker_process, "UNWIND", 0.1)
+    options = WorkerOptions(grace=1000)
+    async with (
+        supervised(
+            "tests.programs.served:echo", workers=1, worker_options=options
+        ) as supervisor,
+        connected(supervisor) as client,
+    ):
+        await client.stream.send_all(b"1")
+        assert await client.stream.receive_some() == b"1"
+        assert await supervisor.replace()
+        await supervisor.drain(0.1)
 
 
 @pytest.mark.parametrize("end", ["cancel", pytest.param("close", marks=pytest.mark.soak)])

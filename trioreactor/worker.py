@@ -134,6 +134,9 @@ class _Worker:
         async for number in signals:
             if number == signal.SIGUSR1:
                 self._nursery.start_soon(log_everything, [self._server])
+            elif number == signal.SIGHUP:
+                # A wish to be replaced, as by the supervisor's own. Said twice it is one.
+                self._say(Leaving())
             elif not asked:
                 # It may be the supervisor's turn, too (systemd signals them all): so it decides.
                 asked = True
@@ -191,7 +194,7 @@ class _OrphanGuard:
 async def _run(sock: socket.socket) -> int:
     guard = _OrphanGuard(sock)
     link = open_link(sock, "supervisor")
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) as signals:
         async with link, trio.open_nursery() as nursery:
             code = await _Worker(link, guard, nursery).run(signals)
             nursery.cancel_scope.cancel()

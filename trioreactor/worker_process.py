@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
@@ -80,7 +81,10 @@ class WorkerProcess:
         self._link: FramedChannel[Message] | None = None
         # It answered the last ping, or has not been asked.
         self._answered = True
-        self._count_came = trio.Event()
+        # How often it was asked for its counters, and has told them: each answer is to the first
+        # question that has none.
+        self._asked = self._told = 0
+        self._told_more = trio.lowlevel.ParkingLot()
         # Of the process: it is to be killed as soon as it is there.
         self._killed = False
         self._nursery: trio.Nursery
@@ -137,29 +141,33 @@ class WorkerProcess:
             self._ended_at = trio.current_time()
             self.ended.set()
             self.started.set()
-            self._count_came.set()
+            self._told_more.unpark_all()
 
     async def _spawn(self, link: int) -> trio.Process:
-        # A session of its own: a Ctrl-C at the terminal is for the supervisor.
-        return await trio.lowlevel.open_process(
-            [
-                sys.executable,
-                *_interpreter_flags(),
-                "-m",
-                "trioreactor.worker",
-                str(link),
-                self._begin.target,
-            ],
-            pass_fds=(link, *self._begin.listeners),
-            start_new_session=True,
-        )
+        command = [
+            sys.executable,
+            *_interpreter_flags(),
+            "-m",
+            "trioreactor.worker",
+            str(link),
+            self._begin.target,
+        ]
+        try:
+            # A session of its own: a Ctrl-C at the terminal is for the supervisor.
+            return await trio.lowlevel.open_process(
+                command, pass_fds=(link, *self._begin.listeners), start_new_session=True
+            )
+        except RuntimeError as error:
+            # Trio does it in a thread, and there is none to be had: with EAGAIN, as for a process.
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     async def _accompany(self, process: trio.Process, link: FramedChannel[Message]) -> None:
         self._link = link
         async with link, trio.open_nursery() as self._nursery:
             if self._killed:
                 process.kill()
-            link.send_nowait(self._begin)
+            # It may have ended already.
+            self._say(self._begin)
             listened = trio.Event()
             self._nursery.start_soon(self._listen, link, listened)
             self._nursery.start_soon(self._wait_started)
@@ -191,12 +199,14 @@ class WorkerProcess:
                 self._answered = True
             case Counted(statistics=statistics):
                 self.counted = from_plain(statistics)
-                self._count_came.set()
+                self._told += 1
+                self._told_more.unpark_all()
             case Leaving():
                 if self.on_leaving is not None:
                     self.on_leaving(self)
             case Failed():
                 self.failed = message
+                self._nursery.start_soon(self._bound_end)
             case _:
                 raise AssertionError(f"a supervisor is not told {message!r}")
 
@@ -209,18 +219,21 @@ class WorkerProcess:
                 self._link.send_nowait(message)
 
     def drain(self, grace: float, *, take_waiting: bool) -> None:
-        """Tell it to drain and end; kill it if it has not some time after. Idempotent.
+        """Tell it to drain and end; kill it if it has not some time after. Once more may only make
+        that time shorter.
 
         One that is not ready is told so, too, and drains when it is: it may have accepted by now.
         """
-        if self.draining or self.ended.is_set():
+        if self.ended.is_set():
             return
-        self.draining = True
         if self._link is None:
-            # Not even the process is there.
+            # Not even the process is there; or it is no more.
+            self.draining = True
             self.kill()
             return
-        self._say(Drain(grace=grace, take_waiting=take_waiting))
+        if not self.draining:
+            self.draining = True
+            self._say(Drain(grace=grace, take_waiting=take_waiting))
         self._nursery.start_soon(self._bound_drain, grace)
 
     def dump(self) -> None:
@@ -237,10 +250,11 @@ class WorkerProcess:
         """What it has counted; if it does not answer soon, what it said last."""
         await trio.lowlevel.checkpoint()
         if self.ready and not self.ended.is_set():
-            self._count_came = trio.Event()
+            self._asked = mine = self._asked + 1
             self._say(Count())
             with trio.move_on_after(_COUNT_PATIENCE):
-                await self._count_came.wait()
+                while self._told < mine and not self.ended.is_set():
+                    await self._told_more.park()
         return self.counted
 
     # -- deadlines
@@ -253,6 +267,11 @@ class WorkerProcess:
             self.failed = Failed(reason=f"it was not ready after {seconds:g} s", details="")
             logger.error("%r was not ready after %g s: ending it", self, seconds)
             await self._abort()
+
+    async def _bound_end(self) -> None:
+        """Of one that has failed: what its program has started (a thread) may keep it."""
+        await trio.sleep(UNWIND)
+        self.kill()
 
     async def _bound_drain(self, grace: float) -> None:
         await trio.sleep(grace + UNWIND)

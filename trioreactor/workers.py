@@ -226,15 +226,15 @@ class Supervisor:
     async def _start_all(self) -> None:  # noqa: ASYNC910 serve has checkpoints
         for slot in self._slots:
             slot.worker = self._launch(slot)
-        for slot in self._slots:
-            worker = slot.worker
+        first = [slot.worker for slot in self._slots]
+        for worker in first:
             await worker.started.wait()
             if self._ending:
                 return
             if not worker.ready:
                 raise _start_error(worker)
-        for slot in self._slots:
-            self._nursery.start_soon(self._keep, slot)
+        for slot, worker in zip(self._slots, first, strict=True):
+            self._nursery.start_soon(self._keep, slot, worker)
         if self._reload:
             watch = SourceWatch()
             watch.add(self._sources())
@@ -266,14 +266,13 @@ class Supervisor:
         if worker.draining:
             logger.info("%r has drained: it %s", worker, worker.end)
 
-    async def _keep(self, slot: _Slot) -> None:
-        """Start another worker in *slot* whenever its worker has ended."""
-        while not self._ending:
-            worker = slot.worker
+    async def _keep(self, slot: _Slot, worker: WorkerProcess) -> None:
+        """When *worker* has ended and is the slot's still, start another, and keep that."""
+        while True:
             await worker.ended.wait()
             if slot.worker is not worker or self._ending:
-                # It has a successor, which is looked after now; or it was meant to end.
-                continue
+                # It has a successor, which has such a task of its own; or it was meant to end.
+                return
             self._counts["died"] += 1
             self._counts["hung"] += worker.hung
             if worker.served >= slot.delays.reset_after:
@@ -288,9 +287,9 @@ class Supervisor:
                 delay,
             )
             await trio.sleep(delay)
-            if slot.worker is worker and not self._ending:
-                slot.worker = self._launch(slot)
-        await trio.lowlevel.checkpoint()
+            if slot.worker is not worker or self._ending:
+                return
+            slot.worker = worker = self._launch(slot)
 
     # -- replacing
 
@@ -334,6 +333,7 @@ class Supervisor:
                 return False
             # Not `old`: that may have ended, and been started again, meanwhile.
             previous, slot.worker = slot.worker, new
+            self._nursery.start_soon(self._keep, slot, new)
             logger.info("%r takes the place of %r", new, previous)
             self._counts["replaced"] += 1
             previous.drain(self._worker_options.grace, take_waiting=False)
