@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,8 @@ async def test_sighup_before_it_serves(tmp_path: Path) -> None:
         told: list[bytes] = []
 
         def has_told(number: int) -> bool:
-            try:
+            with suppress(BlockingIOError):
                 told.append(manager.recv(100).partition(b"\n")[0])
-            except BlockingIOError:
-                pass
             return len(told) == number
 
         async def run() -> None:

@@ -513,9 +513,7 @@ async def test_drain_bounds_those_that_drain_already(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(worker_process, "UNWIND", 0.1)
     options = WorkerOptions(grace=1000)
     async with (
-        supervised(
-            "tests.programs.served:echo", workers=1, worker_options=options
-        ) as supervisor,
+        supervised("tests.programs.served:echo", workers=1, worker_options=options) as supervisor,
         connected(supervisor) as client,
     ):
         await client.stream.send_all(b"1")
