@@ -466,6 +466,8 @@ def test_reasons(
         (["a:h", "--when-full", "cry"], "invalid choice: 'cry'"),
         (["a:h", "--drain-seconds", "soon"], "'soon' is no time"),
         (["a:h", "--hang-seconds", "inf"], "'inf' is no time"),
+        (["a:h", "--accept-rate", "nan"], "'nan' is no rate: pass a number of connections"),
+        (["a:h", "--watchdog", "0.001"], "'0.001' is too short to be seen: pass at least 0.01"),
         (["a:h", "--log-level", "loud"], "invalid choice: 'loud'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -482,6 +484,32 @@ def test_bad_usage(
     assert errors.startswith("trioreactor serve: ")
     assert complaint in errors
     assert "--help" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--tls-key", "x"], "--tls-key and --tls-ca want a --tls-cert"),
+        (["--tls-ca", "x", "--proxy-protocol", "any"], "--tls-key and --tls-ca want a --tls-cert"),
+        (
+            ["--proxy-protocol", "any", "--proxy-protocol", "10.0.0.0/8"],
+            "--proxy-protocol any believes whoever connects: leave it or the networks out",
+        ),
+        (["--reuse-port"], "--reuse-port and --hang-seconds are for worker processes: they want"),
+        (["--hang-seconds", "5"], "--reuse-port and --hang-seconds are for worker processes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_do_not_go_together(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is right, and together they are not: one line that says which, exit code 2."""
+    assert main(["serve", "a:h", *arguments]) == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith(f"trioreactor serve: {complaint}")
+    assert errors.endswith("(see trioreactor serve --help)\n")
     assert errors.count("\n") == 1
 
 

@@ -48,6 +48,7 @@ def test_proxy_protocol(tmp_path: Path) -> None:
     [
         (["10.0.0.0/8", "fd00::/8"], ProxyProtocol(trusted=["10.0.0.0/8", "fd00::/8"])),
         (["any"], ProxyProtocol(trusted="any")),
+        (["any", "any", "unix"], ProxyProtocol(trusted="any", unix=True)),
         (["unix"], ProxyProtocol(trusted=[], unix=True)),
         (["unix", "10.0.0.1"], ProxyProtocol(trusted="10.0.0.1", unix=True)),
     ],
@@ -57,6 +58,13 @@ def test_options(given: list[str], meant: ProxyProtocol) -> None:
     options = ServeOptions(proxy_protocol=given)
     assert options.server_arguments() == {"proxy_protocol": meant}
     assert ServeOptions(**options.as_plain()) == options
+
+
+@pytest.mark.pure
+def test_any_beside_networks() -> None:
+    """It would be no use to name them."""
+    with pytest.raises(ValueError, match='pass networks or "any"'):
+        ServeOptions(proxy_protocol=["10.0.0.0/8", "any"])
 
 
 @pytest.mark.pure

@@ -25,8 +25,10 @@ def test_separate_files(tmp_path: Path) -> None:
     context = server_context(str(cert), str(key), None)
     assert context.verify_mode is ssl.CERT_NONE
     # It is the first that has none.
-    with pytest.raises(ValueError, match=f"TLS cannot use the certificate {cert}: "):
+    with pytest.raises(ValueError, match=f"certificate {cert}: there is no private key in it"):
         server_context(str(cert), None, None)
+    with pytest.raises(ValueError, match=f"{cert} with {cert}: the second has no private key"):
+        server_context(str(cert), str(cert), None)
 
 
 @pytest.mark.pure
@@ -34,7 +36,7 @@ def test_separate_files(tmp_path: Path) -> None:
     ("which", "reason"),
     [
         ("missing", "nonesuch.pem: No such file or directory"),
-        ("no PEM", "it has no"),
+        ("no PEM", "it has no certificate or key in PEM form"),
         ("mismatch", "the key is of another certificate"),
         ("encrypted", "the key is encrypted: pass one that is not"),
         ("bad CA", "TLS cannot use the authorities in .*: it has no"),

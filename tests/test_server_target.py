@@ -69,6 +69,8 @@ def test_options_are_checked() -> None:
     """At once, with what to pass."""
     with pytest.raises(ValueError, match="pass at least 1 connections"):
         ServeOptions(max_connections=0)
+    with pytest.raises(ValueError, match=r"watchdog=0.001\): pass at least 0.01 seconds"):
+        ServeOptions(watchdog=0.001)
     wrong = "loud"
     with pytest.raises(ValueError, match="pass one of debug, info, warning, error"):
         ServeOptions(log_level=wrong)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ DEFAULT_THRESHOLD = 0.1
 
 # Python switches threads every 5 ms (sys.getswitchinterval), so much less than this cannot be seen
 # from another one.
-_SMALLEST_THRESHOLD = 0.01
+SMALLEST_THRESHOLD = 0.01
 
 # How long the end waits for the thread, which may be writing to a log: real seconds.
 _JOIN_SECONDS = 1.0
@@ -98,9 +98,9 @@ class LoopWatchdog:
 def check_threshold(owner: str, name: str, value: object, *, off: bool = False) -> None:
     """Raise unless *value* is a time that can be watched for, or None where that is off."""
     check_seconds(owner, name, value, off=off)
-    if isinstance(value, (int, float)) and value < _SMALLEST_THRESHOLD:
+    if isinstance(value, (int, float)) and value < SMALLEST_THRESHOLD:
         raise ValueError(
-            f"{owner}({name}={value!r}): pass at least {_SMALLEST_THRESHOLD} seconds, for Python "
+            f"{owner}({name}={value!r}): pass at least {SMALLEST_THRESHOLD} seconds, for Python "
             "does not switch threads often enough for less"
         )
 

@@ -21,6 +21,7 @@ from trioreactor.command_line import count, say, seconds
 from trioreactor.errors import InheritedSocketError, WorkerStartError
 from trioreactor.exception_groups import unwrapped
 from trioreactor.listen import open_acceptors
+from trioreactor.loop_watchdog import SMALLEST_THRESHOLD
 from trioreactor.serve_logging import set_up_logging
 from trioreactor.serve_options import LOG_LEVELS, ServeOptions
 from trioreactor.server_target import TargetError, check_listens, open_server, parse_target
@@ -205,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ending.add_argument(
         "--watchdog",
-        type=seconds,
+        type=_threshold,
         metavar="S",
         help="log who holds the loop, with the stack, when a turn of it takes longer; 0 for never "
         "(default: 0.1, or what TARGET says)",
@@ -243,6 +244,17 @@ def _trusted(text: str) -> str:
     return text
 
 
+def _threshold(text: str) -> float:
+    time = seconds(text)
+    try:
+        ServeOptions(watchdog=time)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is too short to be seen: pass at least {SMALLEST_THRESHOLD:g} seconds, or 0"
+        ) from error
+    return time
+
+
 def _whole(text: str, *, least: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise argparse.ArgumentTypeError(
@@ -252,10 +264,28 @@ def _whole(text: str, *, least: int) -> int:
 
 
 def _rate(text: str) -> float:
-    rate = seconds(text)
+    try:
+        rate = seconds(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate: pass a number of connections a second"
+        ) from error
     if not rate:
         raise argparse.ArgumentTypeError(f"{text!r} lets nobody in: pass more than 0 a second")
     return rate
+
+
+def _contradiction(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with arguments that each are right; None if nothing is."""
+    trusted: set[str] = set(arguments.proxy_protocol or ())
+    if arguments.tls_cert is None and (arguments.tls_key or arguments.tls_ca):
+        return "--tls-key and --tls-ca want a --tls-cert"
+    if "any" in trusted and trusted - {"any", "unix"}:
+        return "--proxy-protocol any believes whoever connects: leave it or the networks out"
+    in_workers = arguments.workers is not None or arguments.reload
+    if not in_workers and (arguments.reuse_port or arguments.hang_seconds is not None):
+        return "--reuse-port and --hang-seconds are for worker processes: they want --workers"
+    return None
 
 
 def _read(arguments: argparse.Namespace) -> _Run:
@@ -289,11 +319,11 @@ def _read(arguments: argparse.Namespace) -> _Run:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve as *arguments* say; the exit code."""
-    try:
-        asked = _read(arguments)
-    except ValueError:
-        _fail(f"{_PROGRAM}: --tls-key and --tls-ca want a --tls-cert (see {_PROGRAM} --help)")
+    wrong = _contradiction(arguments)
+    if wrong is not None:
+        _fail(f"{_PROGRAM}: {wrong} (see {_PROGRAM} --help)")
         return 2
+    asked = _read(arguments)
     if asked.workers is not None and sys.platform == "win32":
         return _fail(f"{_PROGRAM}: worker processes need POSIX: leave --workers out")
     set_up_logging(arguments.log_level)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from trioreactor.options import Limits, check_count, check_seconds
+from trioreactor.loop_watchdog import check_threshold
+from trioreactor.options import Limits, check_count
 from trioreactor.proxy_protocol import ProxyProtocol
 from trioreactor.serve_tls import server_context
 
@@ -56,7 +57,8 @@ class ServeOptions:
         self._limits()
         check_count("ServeOptions", "threads", self.threads, least=1, unit="threads")
         self._proxy_protocol()
-        check_seconds("ServeOptions", "watchdog", self.watchdog, zero=True)
+        if self.watchdog != 0:
+            check_threshold("ServeOptions", "watchdog", self.watchdog, off=True)
         if self.tls_cert is None and (self.tls_key or self.tls_ca):
             raise ValueError("ServeOptions: tls_key and tls_ca want a tls_cert")
         if self.log_level is not None and self.log_level not in LOG_LEVELS:
@@ -76,7 +78,13 @@ class ServeOptions:
     def _proxy_protocol(self) -> ProxyProtocol | None:
         if self.proxy_protocol is None:
             return None
-        trusted = [each for each in self.proxy_protocol if each != "unix"]
+        # Said twice, it is said.
+        trusted = [each for each in dict.fromkeys(self.proxy_protocol) if each != "unix"]
+        if "any" in trusted and trusted != ["any"]:
+            raise ValueError(
+                f"ServeOptions(proxy_protocol={self.proxy_protocol!r}): pass networks or "
+                '"any", which has all networks in it'
+            )
         return ProxyProtocol(
             trusted="any" if trusted == ["any"] else trusted, unix="unix" in self.proxy_protocol
         )
