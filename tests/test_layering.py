@@ -141,6 +141,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "signals",
             "source_watch",
             "statistics_totals",
+            "supervisor_statistics",
             "worker",
             "worker_link",
             "worker_options",

@@ -50,12 +50,13 @@ from trioreactor.service_notifier import ServiceNotifier
 from trioreactor.signals import run_workers, serve_until_signalled
 from trioreactor.sockets import TcpInfo
 from trioreactor.state import CloseReason, ConnectionState, ConnectorState
+from trioreactor.supervisor_statistics import SupervisorStatistics
 from trioreactor.tcp_client import TcpClient
 from trioreactor.tcp_connection import TcpConnection
 from trioreactor.tcp_server import TcpServer, serve_tcp
 from trioreactor.tls import TlsInfo
 from trioreactor.worker_options import WorkerOptions
-from trioreactor.workers import Supervisor, SupervisorStatistics
+from trioreactor.workers import Supervisor
 
 __version__ = "0.5.0"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import chain
 from types import MappingProxyType
 
@@ -21,11 +21,11 @@ from trioreactor.inspector import describe_statistics
 from trioreactor.listen import open_acceptors, open_sharing
 from trioreactor.options import SocketOptions, check_count
 from trioreactor.serve_options import ServeOptions
-from trioreactor.server_statistics import ServerStatistics
 from trioreactor.server_target import parse_target
 from trioreactor.sockets import is_tcp
 from trioreactor.source_watch import SourceWatch
 from trioreactor.statistics_totals import NOTHING, after_death, total
+from trioreactor.supervisor_statistics import SupervisorStatistics
 from trioreactor.worker_link import Begin
 from trioreactor.worker_options import WorkerOptions
 from trioreactor.worker_process import WorkerProcess
@@ -34,25 +34,6 @@ logger = logging.getLogger("trioreactor.workers")
 
 # How often the source files are looked at, seconds: at once, for a person.
 _LOOK = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SupervisorStatistics:
-    """The counters of all workers, and those of the supervisor, at one moment."""
-
-    total: ServerStatistics
-    """Summed over all workers, ended ones too. Of one that was killed, what it had counted when it
-    was last asked; what was open then counts as closed."""
-    workers: Mapping[int, ServerStatistics]
-    """Of each worker that serves or drains now, by its process number."""
-    started: int
-    """Processes started."""
-    died: int
-    """Workers that ended without having been told to."""
-    hung: int
-    """Those of them that were ended because they answered no ping."""
-    replaced: int
-    """Workers that were told to drain when another had taken their place."""
 
 
 class _Slot:
