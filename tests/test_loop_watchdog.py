@@ -22,7 +22,6 @@ from tests.servers import local
 from trioreactor import (
     Buffer,
     Callbacks,
-    EventLoopThreadPool,
     LoopWatchdog,
     TcpConnection,
     TcpServer,
@@ -334,26 +333,6 @@ async def test_one_thread_for_a_run(caplog: pytest.LogCaptureFixture) -> None:
         assert watching_threads() == 1
         assert patient.longest >= 2 * THRESHOLD
     assert watching_threads() == 0
-
-
-async def test_several_loops(caplog: pytest.LogCaptureFixture) -> None:
-    """Each loop of a pool is watched while the server serves, for that is where handlers run."""
-
-    async def slow_handler(conn: TcpConnection) -> None:
-        await conn.receive_some()
-        hold_until(lambda: said(caplog))
-        await conn.send_all(b"done")
-
-    async with no_leaks(), EventLoopThreadPool(2) as pool:
-        server = local(slow_handler, name="slow", watchdog=THRESHOLD, loops=pool)
-        async with serving(server) as address, connect(address) as client:
-            assert watching_threads() == 3
-            await client.send_all(b"x")
-            assert await client.receive_some() == b"done"
-            await until(lambda: server.statistics().loop_holds == 1)
-            assert (server.statistics().loop_lag or 0) >= THRESHOLD
-        assert "by task 'slow-" in said(caplog)[0]
-        assert watching_threads() == 0
 
 
 async def test_no_watchdog() -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import random
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ import trio
 
 from tests.conftest import connect, everything, no_leaks, reset, until
 from tests.servers import balanced, local, rest_of, serve_and_keep
+from tests.test_loop_watchdog import watching_threads
 from trioreactor import (
     Buffer,
     Callbacks,
@@ -920,3 +922,32 @@ def test_no_pool() -> None:
     wrong: Any = 2
     with pytest.raises(TypeError, match="EventLoopThreadPool"):
         TcpServer(echo, 0, loops=wrong)
+
+
+async def test_a_loop_that_is_held(caplog: pytest.LogCaptureFixture) -> None:
+    """The watchdog looks at each of the loops; `watchdog=None` is for all of them."""
+
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name == "trioreactor.watchdog"]
+
+    async def hold(conn: TcpConnection) -> None:
+        await conn.receive_some()
+        deadline = time.perf_counter() + 10
+        while not said() and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        conn.send(b"x")
+
+    async with pooled(hold, watchdog=0.05) as server:
+        assert watching_threads() == 3
+        async with connect(server.addresses[0]) as stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+        assert "#1" in said()[0]
+        counted = server.statistics()
+        assert counted.loop_lag is not None
+        assert counted.loop_lag >= 0.05
+        assert counted.loop_holds >= 1
+    assert watching_threads() == 0
+    async with pooled(echo, watchdog=None) as server:
+        assert watching_threads() == 0
+        assert server.statistics().loop_lag is None

@@ -218,14 +218,20 @@ async def test_a_killed_worker_is_replaced() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("how", ["hangs", "is stopped"])
+@pytest.mark.parametrize("how", ["hangs", "hangs in a thread", "is stopped"])
 async def test_a_hung_worker_is_replaced(how: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """One whose loop does not turn is ended; it says where it hangs, unless it is stopped."""
-    options = WorkerOptions(hang_timeout=0.5, backoff=SOON.backoff)
-    async with supervised(worker_options=options) as supervisor, connected(supervisor) as client:
+    """One whose loop does not turn is ended, or one of its loops; it says where it hangs, unless it
+    is stopped.
+    """
+    worker_options = WorkerOptions(hang_timeout=0.5, backoff=SOON.backoff)
+    options = ServeOptions(threads=2 if how == "hangs in a thread" else None)
+    async with (
+        supervised(worker_options=worker_options, options=options) as supervisor,
+        connected(supervisor) as client,
+    ):
         pid = await client.ask()
         (other,) = set(supervisor.pids) - {pid}
-        if how == "hangs":
+        if how != "is stopped":
             await client.stream.send_all(b"hang\n")
         else:
             os.kill(pid, signal.SIGSTOP)
@@ -233,7 +239,7 @@ async def test_a_hung_worker_is_replaced(how: str, capfd: pytest.CaptureFixture[
         assert other in supervisor.pids
         assert not is_running(pid)
         assert (await supervisor.statistics()).hung == 1
-    assert ("Fatal Python error: Aborted" in capfd.readouterr().err) == (how == "hangs")
+    assert ("Fatal Python error: Aborted" in capfd.readouterr().err) == (how != "is stopped")
 
 
 @pytest.mark.soak

@@ -127,9 +127,9 @@ class LoopShare(ServerConnections):
 
     async def serve(self, ready: Callable[[], object]) -> None:
         """Serve until all have ended and no more will come, or until cancelled."""
-        if self.watchdog is not None:
-            self.watchdog.start()
         try:
+            if self.watchdog is not None:
+                self.watchdog.start()
             with unwrapped():
                 async with trio.open_nursery() as nursery:
                     await self.serve_in(nursery, own=True)

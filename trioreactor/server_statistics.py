@@ -20,7 +20,7 @@ class ServerStatistics(ConnectionTotals):
     """How long a loop of the server was away from the kernel at the most since the watchdog began:
     the longest turn, seconds, whatever the reason was. None without a watchdog."""
     loop_holds: int = 0
-    """How many turns took longer than the watchdog's threshold."""
+    """How many turns took longer than the watchdog's threshold, in all loops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -119,7 +119,7 @@ class _Worker:
     def _do(self, message: Message) -> None:
         match message:
             case Ping():
-                self._say(Pong())
+                self._nursery.start_soon(self._pong)
             case Count():
                 self._tell_counts()
             case Dump():
@@ -128,6 +128,17 @@ class _Worker:
                 self._drain(grace, take_waiting=take_waiting)
             case _:
                 raise AssertionError(f"a worker is not told {message!r}")
+
+    async def _pong(self) -> None:
+        # Not before each of its loops has turned: one that hangs serves nobody.
+        pool = self._server.loops
+        if pool is not None:
+            # They end with the server.
+            with suppress(RuntimeError):
+                for loop in pool.loops:
+                    await pool.run(loop, trio.lowlevel.checkpoint)
+        self._say(Pong())
+        await trio.lowlevel.checkpoint()
 
     async def _heed(self, signals: AsyncIterator[int]) -> None:
         asked = False
