@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -71,6 +73,14 @@ def test_options_are_checked() -> None:
         ServeOptions(max_connections=0)
     with pytest.raises(ValueError, match=r"watchdog=0.001\): pass at least 0.01 seconds"):
         ServeOptions(watchdog=0.001)
+    # A worker process is told them as text.
+    path: Any = Path("cert.pem")
+    with pytest.raises(TypeError, match=r"tls_cert=.*pass the file's name as a str"):
+        ServeOptions(tls_cert=path)
+    network: Any = ip_network("10.0.0.0/8")
+    for networks in ([network], "10.0.0.0/8"):
+        with pytest.raises(TypeError, match=r"proxy_protocol=.*pass a list of texts"):
+            ServeOptions(proxy_protocol=networks)
     wrong = "loud"
     with pytest.raises(ValueError, match="pass one of debug, info, warning, error"):
         ServeOptions(log_level=wrong)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -345,6 +346,20 @@ async def test_processes_that_cannot_be(
         assert supervisor.pids == [pid]
 
 
+def test_a_supervisor_that_is_gone_at_once() -> None:
+    """Its worker ends, and says nothing of its own."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "trioreactor.worker", str(theirs.fileno()), WHO],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+    ours.close()
+    assert worker.communicate(timeout=PATIENCE) == (None, b"")
+    assert worker.returncode == 1
+
+
 async def test_port_in_use() -> None:
     """It is told at once, before anything is started."""
     with socket.create_server((HOST, 0)) as taken:
@@ -477,8 +492,10 @@ async def test_reuse_port_keeps_a_dead_workers_queue() -> None:
 # -- the end
 
 
-async def test_drain_takes_those_who_wait() -> None:
+async def test_drain_takes_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that has just connected is answered, though the workers drain in that moment."""
+    # What has no business there, and does no harm in one process.
+    monkeypatch.setattr(sys, "path", [*sys.path, ROOT])
     async with supervised(workers=1) as supervisor:
         with socket.socket() as sock:
             sock.settimeout(PATIENCE)

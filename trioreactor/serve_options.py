@@ -54,6 +54,7 @@ class ServeOptions:
     does."""
 
     def __post_init__(self) -> None:
+        self._plain_texts()
         self._limits()
         check_count("ServeOptions", "threads", self.threads, least=1, unit="threads")
         self._proxy_protocol()
@@ -64,6 +65,20 @@ class ServeOptions:
         if self.log_level is not None and self.log_level not in LOG_LEVELS:
             raise ValueError(
                 f"ServeOptions(log_level={self.log_level!r}): pass one of {', '.join(LOG_LEVELS)}"
+            )
+
+    def _plain_texts(self) -> None:
+        for name in ("tls_cert", "tls_key", "tls_ca"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise TypeError(f"ServeOptions({name}={value!r}): pass the file's name as a str")
+        given: object = self.proxy_protocol
+        if given is not None and (
+            not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given)
+        ):
+            raise TypeError(
+                f"ServeOptions(proxy_protocol={given!r}): pass a list of texts, such as "
+                '["10.0.0.0/8"], ["unix"] or ["any"]'
             )
 
     def _limits(self) -> Limits:

@@ -70,7 +70,11 @@ class _Worker:
 
     async def run(self, signals: AsyncIterator[int]) -> int:
         """Serve what the supervisor says; the exit code."""
-        begin = await self._link.receive()
+        try:
+            begin = await self._link.receive()
+        except (trio.EndOfChannel, trio.BrokenResourceError):
+            # The supervisor has ended before it could say anything.
+            return 1  # noqa: ASYNC910 it has waited
         assert isinstance(begin, Begin)
         self._guard.grace = begin.grace
         sys.path[:] = begin.path

@@ -229,7 +229,8 @@ class Supervisor:
             listeners=[acceptor.socket.fileno() for acceptor in slot.listeners],
             socket_options=asdict(self._socket_options),
             grace=self._worker_options.grace,
-            path=sys.path,
+            # What else is in there (a Path, by mistake) the import system passes over, too.
+            path=[entry for entry in sys.path if isinstance(entry, str)],
         )
         worker = WorkerProcess(begin, self._worker_options, slot.number)
         worker.on_leaving = self._on_leaving
