@@ -290,6 +290,9 @@ def test_limits_of_peers_and_time(tmp_path: Path) -> None:
                 assert answers(sock)
                 with served.connect() as other:
                     assert other.recv(1) == b""
+                # The next one may come only when this one has gone.
+                sock.shutdown(socket.SHUT_WR)
+                assert read_to_eof(sock) == b""
         # Eight at once, and four more.
         assert 0.4 < time.monotonic() - begun < PATIENCE
         served.send_signal(signal.SIGUSR1)
