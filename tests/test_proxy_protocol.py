@@ -34,6 +34,7 @@ from trioreactor import (
     Buffer,
     Callbacks,
     CloseReason,
+    ConnectError,
     ConnectionState,
     Limits,
     ProxyHeader,
@@ -740,6 +741,33 @@ async def test_a_peer_that_has_gone() -> None:
 
 
 # -- and TLS
+
+
+async def test_a_peer_that_has_gone_before_tls() -> None:
+    """A server that resets before the header is sent has failed an attempt, and is tried again."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    to = listener.socket.getsockname()
+
+    def gone(conn: TcpConnection) -> ProxyHeader:
+        # Taken from the backlog, and reset, before the header is sent.
+        sock, _ = plain.accept()
+        reset(sock)
+        return ProxyHeader(CLIENT, ENTRY)
+
+    plain = socket.socket(fileno=socket.dup(listener.socket.fileno()))
+    with plain:
+        async with listener, no_leaks():
+            client = TcpClient(
+                *to,
+                Seen().coroutine,
+                proxy_protocol=gone,
+                ssl_context=ssl.create_default_context(),
+                max_attempts=2,
+                backoff=[0.001],
+            )
+            with trio.fail_after(10), pytest.raises(ConnectError) as caught:
+                await client.run()
+    assert [type(attempt.error) for attempt in caught.value.attempts] == [ConnectionResetError] * 2
 
 
 @either_mode

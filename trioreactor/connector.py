@@ -19,7 +19,7 @@ import trio
 from trioreactor.backoff import Backoff, Delays
 from trioreactor.connect_options import OnAttempt, Place, check_on_attempt, local_end, places
 from trioreactor.endpoints import Chooser, ConnectAttempt, Endpoint, Rounds, attempts_text
-from trioreactor.errors import ConnectError, HandshakeFailed
+from trioreactor.errors import ConnectError
 from trioreactor.exception_groups import members, without_frames
 from trioreactor.happy_eyeballs import connect_tcp, connect_unix
 from trioreactor.options import SocketOptions, check_count, check_kinds, check_seconds
@@ -197,7 +197,8 @@ class Connector:
 
     async def establish(self, finish: Finish) -> TcpConnection:
         """`connect`, and *finish* as a part of each attempt: it is given the stream and its
-        endpoint, and makes a connection. The attempt fails if it raises `HandshakeFailed`.
+        endpoint, and makes a connection. The attempt fails if the connection breaks in it:
+        `HandshakeFailed` is such an error.
         """
         made = await self._run(finish)
         assert isinstance(made, TcpConnection)
@@ -373,9 +374,12 @@ async def _finished(  # noqa: ASYNC910 connect has checkpoints
     """What *finish* makes, or what the attempt failed by."""
     try:
         return await finish(stream, endpoint)
-    except HandshakeFailed as failed:
-        error = failed.__cause__
-        assert isinstance(error, OSError)
+    except trio.BrokenResourceError as broken:
+        # The handshake failed, or the connection broke in front of it: by what the system or ssl
+        # says.
+        error: Exception = broken
+        while isinstance(error, trio.BrokenResourceError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
     except OSError as short:
         # Of what a connection needs beside its socket, and that can pass.
         error = short
