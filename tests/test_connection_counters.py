@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.simulated import SimulatedSocket, simulated
-from trioreactor import CloseReason, TcpConnection, Watermarks
+from trioreactor import CloseReason, ConnectionState, TcpConnection, Watermarks
 from trioreactor.connection_counters import ConnectionCounters, ConnectionTotals
 from trioreactor.connection_statistics import ConnectionStatistics
 
@@ -57,6 +57,28 @@ async def test_the_sums() -> None:
         assert now.buffered == 200 * (len(living) - 1)
     assert dict(now.closed) == {CloseReason.FORCED: 2, CloseReason.IDLE_TIMEOUT: 1}
     living[0].force_close()
+
+
+@pytest.mark.parametrize("opened", [True, False])
+async def test_what_comes_before_it_is_opened(opened: bool) -> None:
+    """A header that is forgotten when a connection is opened was in no total: none goes back."""
+    counters = ConnectionCounters()
+    conn, sock = simulated(state=ConnectionState.CONNECTING)
+    counters.opened += 1
+    sock.peer_sends(b"header")
+    await conn.receive_some()
+    assert conn.statistics().bytes_received == 6
+    assert counters.totals([conn]).bytes_received == 0
+    if opened:
+        conn.opened()
+        sock.peer_sends(b"four")
+        await trio.testing.wait_all_tasks_blocked()
+        assert counters.totals([conn]).bytes_received == 0
+        await conn.receive_some()
+    before = counters.totals([conn]).bytes_received
+    conn.force_close()
+    counters.count_end(conn)
+    assert counters.totals([]).bytes_received == (4 if opened else 6) >= before
 
 
 async def test_what_was_given_out_does_not_change() -> None:
@@ -124,6 +146,7 @@ class Numbers:
 
     number: int
     close_reason: CloseReason | None = None
+    state: ConnectionState = ConnectionState.CONNECTED
 
     def statistics(self) -> ConnectionStatistics:
         """Something else in every field."""

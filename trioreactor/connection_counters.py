@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from trioreactor.state import CloseReason
+from trioreactor.state import CloseReason, ConnectionState
 from trioreactor.tcp_connection import TcpConnection
 
 
@@ -76,12 +76,16 @@ class ConnectionCounters:
 
     def totals(self, living: Iterable[TcpConnection]) -> ConnectionTotals:
         """The counters now, with *living* the connections that have not ended."""
-        now = [conn.statistics() for conn in living]
+        # The state first, for another thread may ask while one is opened. That forgets what was
+        # received before, a PROXY header, and totals never go back.
+        parts = [(conn.state, conn.statistics()) for conn in living]
+        now = [each for _, each in parts]
+        opened = [each for state, each in parts if state is not ConnectionState.CONNECTING]
         return ConnectionTotals(
             opened=self.opened,
             active=len(now),
             closed=MappingProxyType(dict(self._closed)),
-            bytes_received=self._bytes_received + sum(each.bytes_received for each in now),
+            bytes_received=self._bytes_received + sum(each.bytes_received for each in opened),
             bytes_sent=self._bytes_sent + sum(each.bytes_sent for each in now),
             buffered=sum(each.buffered for each in now),
             pauses=self._pauses + sum(each.pauses for each in now),

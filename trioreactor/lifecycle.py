@@ -121,9 +121,11 @@ class Lifecycle:
 
     def opened(self) -> None:
         """Every handshake is done: the connection is its user's."""
+        if self.state is ConnectionState.CONNECTING:
+            # A header that came before is not the peer's first byte, nor its user's. First, for
+            # other threads take what is counted of a connected one for its user's.
+            self.read.bytes_received = 0
         self._become(ConnectionState.CONNECTED)
-        # A header that came before is not the peer's first byte, nor its user's.
-        self.read.bytes_received = 0
         self.write.release()
         self.watches.begin()
 
