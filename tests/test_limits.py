@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 import pytest
 import trio
@@ -12,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trioreactor import Limits, SocketAddress
+from trioreactor import Limits, SocketAddress, limits
 from trioreactor.limits import ConnectionLimiter
 
 pure = settings(deadline=None, derandomize=True, max_examples=50)
@@ -306,6 +311,33 @@ def test_per_peer_counts_those_from_before() -> None:
     assert not limiter.try_enter(ONE)
     limiter.leave(ONE)
     assert limiter.try_enter(ONE)
+
+
+def test_a_signal_handler_may_ask() -> None:
+    """Wherever a signal comes, who was turned away can be told: nobody waits for themselves."""
+    limiter = ConnectionLimiter(Limits(per_peer=1))
+    asked: list[dict[str, int]] = []
+
+    def at_each_line(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if frame.f_code.co_filename != limits.__file__:
+            return None
+        if event == "line":
+            asked.append(limiter.rejected())
+        return at_each_line
+
+    def use() -> None:
+        sys.settrace(at_each_line)
+        limiter.try_enter(ONE)
+        limiter.reject("per_peer")
+        limiter.leave(ONE)
+
+    # Others are not traced, and one that waits for ever holds up nobody.
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert asked[0] == {}
+    assert asked[-1] == {"per_peer": 1}
 
 
 # -- the rate

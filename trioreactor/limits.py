@@ -24,8 +24,8 @@ class ConnectionLimiter:
         self._permits = 0
         self._peers: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
-        # For these two counters.
-        self._lock = threading.Lock()
+        # For these two counters. It can be taken twice, for a signal handler may ask.
+        self._lock = threading.RLock()
         self._lot = trio.lowlevel.ParkingLot()
         # Token bucket of the accept rate: how many may come at once, and when that was reckoned.
         self._tokens = self._burst
