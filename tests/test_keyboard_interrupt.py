@@ -11,9 +11,12 @@ import pytest
 import trio
 import trio.testing
 
-from tests.conftest import tcp_streams
+from tests.conftest import connect, no_leaks, tcp_streams
 from tests.simulated import simulated
-from trioreactor import TcpConnection, TcpServer
+from trioreactor import Callbacks, Limits, ProxyProtocol, TcpConnection, TcpServer
+from trioreactor.connection_callbacks import Handler
+from trioreactor.server_connections import ServerConnections
+from trioreactor.watches import Watches
 
 
 async def receive(conn: TcpConnection) -> None:
@@ -116,3 +119,40 @@ def test_no_hole_in_the_stream(
 
     with pytest.raises(KeyboardInterrupt):
         trio.run(main)
+
+
+@pytest.mark.parametrize("handler", [receive, Callbacks(message=lambda *_: None)])
+@pytest.mark.parametrize("interrupted", [(Watches, "begin"), (ServerConnections, "_start_task")])
+def test_nobody_is_left_behind(
+    handler: Handler, interrupted: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F and C: it comes when a connection is entered and has no task yet, or is opened and has no
+    handler yet; when `serve` has ended it is closed and counted.
+    """
+    real = getattr(*interrupted)
+    proxy = ProxyProtocol(trusted=["127.0.0.1/32"])
+    server = TcpServer(
+        handler, 0, host="127.0.0.1", proxy_protocol=proxy, limits=Limits(per_peer=1)
+    )
+
+    def interrupting(self: Any, *args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **options)
+
+    async def main() -> None:
+        async with no_leaks():
+            with pytest.RaisesGroup(KeyboardInterrupt, flatten_subgroups=True):
+                async with trio.open_nursery() as nursery:
+                    (acceptor,) = await nursery.start(server.serve)
+                    monkeypatch.setattr(*interrupted, interrupting)
+                    async with connect(acceptor.address) as client:
+                        await client.send_all(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+                        await trio.sleep(10)
+
+    trio.run(main)
+    statistics = server.statistics()
+    assert (statistics.opened, statistics.active) == (1, 0)
+    assert sum(statistics.closed.values()) == 1
+    assert not server.connections
+    assert (server._limiter._permits, server._limiter._peers) == (0, {})

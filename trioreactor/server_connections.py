@@ -151,6 +151,7 @@ class ServerConnections:
         else:
             self._start_task(conn, self._handler, self._run)
 
+    @trio.lowlevel.enable_ki_protection
     def _add(self, conn: TcpConnection) -> None:
         self._living[conn.name] = conn
         self._counters.opened += 1
@@ -249,6 +250,7 @@ class ServerConnections:
                 conn.force_close(CloseReason.CANCELLED)
             self._forget(conn)
 
+    @trio.lowlevel.enable_ki_protection
     def _forget(self, conn: TcpConnection) -> None:
         del self._living[conn.name]
         self._counters.count_end(conn)
@@ -257,6 +259,14 @@ class ServerConnections:
         self._leave(counted_address(conn, behind_proxy=self._service.behind_proxy))
         if not self._living and self._empty:
             self._empty.unpark_all()
+
+    def forget_the_rest(self) -> None:
+        """The tasks have all ended. Close those that are left: Ctrl-C came in a task of theirs where
+        nobody held them, such as between their opening and their handler.
+        """
+        for conn in self._all():
+            conn.force_close(CloseReason.CANCELLED)
+            self._forget(conn)
 
     # -- all of them at once
 

@@ -142,6 +142,7 @@ class LoopShare(ServerConnections):
         finally:
             if self.watchdog is not None:
                 self.watchdog.stop()
+            self.forget_the_rest()
             if self._poller is not None:
                 await self._poller.wait_stopped()  # noqa: ASYNC102 shielded
 
@@ -301,6 +302,9 @@ class ServerLoops:
         self._ending = True
         for share in self._all():
             share.tell(share.stop_entering)
+
+    def forget_the_rest(self) -> None:
+        """Each share does, in its loop."""
 
     async def wait_empty(self) -> None:
         """Wait until none is left, nor on its way."""

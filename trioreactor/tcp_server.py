@@ -241,6 +241,8 @@ class TcpServer:
             if self._watchdog is not None:
                 self._watchdog.stop()
             self._stop_listening()
+            if handler_nursery is None:
+                self._connections.forget_the_rest()
             with trio.CancelScope(shield=True):
                 for acceptor in self._acceptors:
                     await acceptor.aclose()
