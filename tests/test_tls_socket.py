@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from functools import partial
+from itertools import accumulate, pairwise
 
 import pytest
 import trio
 import trio.testing
 
-from tests.conftest import everything
-from tests.simulated import SimulatedPoller, simulated
-from tests.tls import TlsPeer, server_context, simulated_tls, versions
+from tests.conftest import everything, until
+from tests.simulated import SimulatedPoller, SimulatedSocket, simulated
+from tests.tls import NAME, TlsPeer, client_context, server_context, simulated_tls, versions
 from trioreactor import Buffer, CloseReason, ProtocolError, TcpConnection
 from trioreactor.poller import current
 
@@ -349,6 +351,88 @@ async def test_a_handshake_in_pieces(step: int) -> None:
     assert peer.tls.session.has_ticket
     await conn.send_all(b"x")
     assert peer.received() == b"x"
+    conn.force_close()
+
+
+class ReadsByTurn:
+    """What is taken from a socket in each turn of the loop, as another task has turns."""
+
+    def __init__(self, sock: SimulatedSocket) -> None:
+        self._turns = [0]
+        self._receive = sock.recv
+        sock.recv = self._recv  # type: ignore[method-assign]
+
+    def _recv(self, size: int, flags: int = 0, /) -> bytes:
+        data = self._receive(size, flags)
+        self._turns[-1] += len(data)
+        return data
+
+    async def look(self) -> None:
+        while True:
+            self._turns.append(0)
+            await trio.lowlevel.checkpoint()
+
+    def most(self, size: int) -> int:
+        """The most that a turn took of the first *size* bytes."""
+        ends = [min(total, size) for total in accumulate(self._turns)]
+        return max(end - begin for begin, end in pairwise([0, *ends]))
+
+
+@modes
+async def test_records_that_hold_next_to_nothing(mode: str) -> None:
+    """O: what OpenSSL has to do for a flood of them is done in small parts, in turn with others.
+    What comes behind is whole.
+    """
+    conn, peer = await simulated_tls()
+    reads = ReadsByTurn(peer.sock)
+    bulk = bytes(range(256)) * 2048
+    flood = peer.records(*[b"x"] * 4000)
+    peer.sock.peer_sends(flood)
+    peer.sock.peer_sends(peer.records(*(bulk[i : i + 16384] for i in range(0, len(bulk), 16384))))
+    peer.sock.peer_sends(peer.close_notify())
+    received = Received()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reads.look)
+        await getattr(received, mode)(conn)
+        nursery.cancel_scope.cancel()
+    assert received.data == b"x" * 4000 + bulk
+    # The first read cannot know.
+    assert reads.most(len(flood)) < 2 * 16896
+    conn.force_close()
+
+
+@modes
+async def test_records_that_hold_nothing(mode: str) -> None:
+    """The same of those that are TLS's own: a server's many tickets."""
+    conn, sock = simulated()
+    context = server_context(ssl.TLSVersion.TLSv1_3)
+    context.num_tickets = 500
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+    begin = partial(conn.start_tls, client_context(), server_side=False, server_hostname=NAME)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin)
+        while conn.tls is None:
+            await settled()
+            incoming.write(bytes(sock.output))
+            sock.output.clear()
+            with suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            if conn.tls is None:
+                sock.peer_sends(outgoing.read())
+    flood = outgoing.read()
+    tls.write(b"whole")
+    reads = ReadsByTurn(sock)
+    sock.peer_sends(flood + outgoing.read())
+    received = Received()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reads.look)
+        nursery.start_soon(getattr(received, mode), conn)
+        await until(lambda: received.data)
+        nursery.cancel_scope.cancel()
+    assert received.data == b"whole"
+    assert len(flood) > 100000
+    assert reads.most(len(flood)) < 2 * 16896
     conn.force_close()
 
 
