@@ -375,10 +375,10 @@ async def _finished(  # noqa: ASYNC910 connect has checkpoints
     try:
         return await finish(stream, endpoint)
     except trio.BrokenResourceError as broken:
-        # The handshake failed, or the connection broke in front of it: by what the system or ssl
+        # The handshake failed, or the connection broke in front of it: by what ssl or the system
         # says.
         error: Exception = broken
-        while isinstance(error, trio.BrokenResourceError) and isinstance(error.__cause__, Exception):
+        while isinstance(error.__cause__, Exception):
             error = error.__cause__
     except OSError as short:
         # Of what a connection needs beside its socket, and that can pass.

@@ -261,8 +261,8 @@ class ServerConnections:
             self._empty.unpark_all()
 
     def forget_the_rest(self) -> None:
-        """The tasks have all ended. Close those that are left: Ctrl-C came in a task of theirs where
-        nobody held them, such as between their opening and their handler.
+        """The tasks have all ended. Close those that are left: Ctrl-C came where nobody held them,
+        such as between their opening and their handler.
         """
         for conn in self._all():
             conn.force_close(CloseReason.CANCELLED)
