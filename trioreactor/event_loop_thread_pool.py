@@ -23,7 +23,7 @@ Args = TypeVarTuple("Args")
 LoopChoice: TypeAlias = Literal["round_robin", "least_connections", "peer_hash"]
 """Which loop gets a server's next connection: each in turn; the one that has the fewest; or always
 the same for one peer, as `Limits.per_peer` counts peers (a Unix socket's have no address, and take
-turns). Behind a proxy that is the proxy, for the header is read in the loop: not for few of them."""
+turns). Behind a proxy that is the proxy, for the header is read in the loop."""
 
 
 class EventLoopThreadPool:

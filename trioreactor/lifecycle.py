@@ -315,15 +315,12 @@ class Lifecycle:
         that can destroy our own last bytes on their way.
         """
         self.read.buffer = Buffer()
-        while not self.read.eof:
-            try:
-                data = self.read.receive_nowait(RECEIVE_SIZE)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return False
-            if data is None or len(data) == RECEIVE_SIZE:
-                # More than one read is for later: a peer that floods must not keep us here.
-                return True
-        return False
+        try:
+            # More than one read is for later: a peer that floods must not keep us here.
+            self.read.receive_nowait(RECEIVE_SIZE)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return not self.read.eof
 
     def detach(self) -> bytes:
         """Leave the loop without closing the descriptor; return what was read and not consumed."""
