@@ -45,6 +45,7 @@ from trioreactor import (
     TcpConnection,
     TcpServer,
     Timeouts,
+    connecting,
     encode_proxy_header,
     open_tcp_connection,
     open_unix_acceptor,
@@ -738,6 +739,29 @@ async def test_a_peer_that_has_gone() -> None:
             with trio.fail_after(10):
                 await client.run()
     assert met.is_set()
+
+
+@pytest.mark.parametrize("what", [1, 2, lambda conn: ProxyHeader(CLIENT, conn.peer_address)])
+async def test_a_peer_that_went_before_all_else(what: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has reset before we could ask its address is met like any other reset."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    connect = connecting.connection_on
+
+    def late(stream: trio.SocketStream, **options: Any) -> TcpConnection:
+        sock, _ = plain.accept()
+        reset(sock)
+        return connect(stream, **options)
+
+    monkeypatch.setattr(connecting, "connection_on", late)
+    plain = socket.socket(fileno=socket.dup(listener.socket.fileno()))
+    with plain:
+        async with listener, no_leaks():
+            to = listener.socket.getsockname()
+            conn = await open_tcp_connection(*to, proxy_protocol=what)
+            assert conn.peer_address == ""
+            with pytest.raises(trio.BrokenResourceError):
+                await conn.receive_some()
+            await conn.aclose()
 
 
 # -- and TLS

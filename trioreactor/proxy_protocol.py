@@ -209,7 +209,9 @@ def introduce(conn: TcpConnection, what: HeaderToSend | None) -> None:
 
     What a user's function raises closes *conn* and is raised; a peer that has gone is met later.
     """
-    if what is None:
+    # One that was gone before it could be asked its address: there is nothing to say, and nobody.
+    gone = not conn.peer_address and isinstance(conn.local_address, tuple)
+    if what is None or gone:
         return
     try:
         data = _header_for(conn, what).encode()
