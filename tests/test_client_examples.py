@@ -344,6 +344,7 @@ def program(name: str, port: int, *arguments: str) -> Iterator[Program]:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_time_client_by_hand(port: int) -> None:
     """It runs as a program, goes on after the server was killed, and ends on Ctrl-C."""
     with program("time_client", port) as client:
@@ -356,6 +357,7 @@ def test_time_client_by_hand(port: int) -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_resubscribe_by_hand(port: int) -> None:
     """The client tells of each attempt, once, and what is published reaches it again after the
     hub was killed.
@@ -377,6 +379,7 @@ def test_resubscribe_by_hand(port: int) -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_outbox_by_hand(port: int, tmp_path: Path) -> None:
     """Message after message arrives, those from the time without an inbox, too."""
     path = tmp_path / "inbox"
@@ -392,6 +395,7 @@ def test_outbox_by_hand(port: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_outbox_by_hand_gives_up(port: int) -> None:
     """Without an inbox each message is reported as given up after its time."""
     with program("outbox", port, "--patience", "0.2") as outbox:

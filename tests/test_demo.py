@@ -21,7 +21,7 @@ from trioreactor import demo
 from trioreactor.demo_report import Report, Step
 from trioreactor.demo_steps import STEPS
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 
 def test_demo() -> None:

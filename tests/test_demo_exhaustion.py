@@ -11,7 +11,7 @@ from tests.conftest import no_leaks
 from trioreactor import demo_exhaustion
 from trioreactor.demo_report import Report
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 
 async def test_more_clients_than_descriptors() -> None:

@@ -9,7 +9,7 @@ from tests.conftest import echo, no_leaks, serving
 from trioreactor import TcpConnection, TcpServer
 from trioreactor.demo_load import CONNECTIONS, MESSAGE_SIZE, make_load
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 
 async def test_load() -> None:

@@ -18,7 +18,7 @@ from tests.conftest import no_leaks
 from trioreactor import Backoff, ClientStatistics, NotConnected, TcpClient, demo_reconnect
 from trioreactor.demo_report import Report
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 
 async def take() -> tuple[list[str], str]:

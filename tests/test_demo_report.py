@@ -18,6 +18,8 @@ from trioreactor.demo_report import (
     resident_memory,
 )
 
+pytestmark = pytest.mark.pure
+
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc here")
 
 

@@ -13,7 +13,7 @@ from tests.conftest import no_leaks
 from trioreactor import CloseReason, DrainReport, TcpConnection, TcpServer, Watermarks, demo_steps
 from trioreactor.demo_report import Report
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 STEPS = {step.title.partition(":")[0].partition(" of ")[0]: step for step in demo_steps.STEPS}
 

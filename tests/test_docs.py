@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import operator
 import os
 import re
+import select
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterator
@@ -38,7 +41,7 @@ import trioreactor
 from tests.servers import installed
 from tests.test_layering import LAYERS
 
-pytestmark = pytest.mark.program
+pytestmark = [pytest.mark.program, pytest.mark.shown]
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -217,11 +220,36 @@ async def be_the_clients(document: str, directory: Path, port: str) -> None:
         assert await run(directory, "-c", PORT.sub(port, client.code)) == client.output
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[subprocess.Popen[str]]:
+    """Runs programs, as strictly as `run`: see tests/programs/warm.py."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "tests.programs.warm"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+    ) as process:
+        yield process
+
+
 @of_kind("program")
-async def test_program(program: Program, tmp_path: Path) -> None:
+def test_program(program: Program, warm: subprocess.Popen[str], tmp_path: Path) -> None:
     """A program of the documents ends by itself and prints what they say."""
     assert program.output, "the document does not show what it prints"
-    assert await run(tmp_path, "-c", program.code) == program.output
+    stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+    asked = {"code": program.code, "directory": str(tmp_path)}
+    assert warm.stdin
+    assert warm.stdout
+    print(json.dumps({**asked, "stdout": str(stdout), "stderr": str(stderr)}), file=warm.stdin)
+    warm.stdin.flush()
+    if not select.select([warm.stdout], [], [], PATIENCE)[0]:
+        os.killpg(warm.pid, signal.SIGKILL)
+        pytest.fail("it does not end")
+    assert (warm.stdout.readline(), stderr.read_text()) == ("0\n", "")
+    assert stdout.read_text() == program.output
 
 
 @of_kind("server")

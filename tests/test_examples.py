@@ -348,6 +348,7 @@ async def test_download_reads_no_further_than_the_client(way: str, tmp_path: Pat
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_examples_run_by_hand(tmp_path: Path) -> None:
     """Each server runs as a program, says where it listens, takes a client, ends on Ctrl-C."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -18,6 +18,8 @@ from tests.fake_network import CONNECTED, HANGS, Answer, FakeNetwork, Resolver, 
 from trioreactor import SocketOptions
 from trioreactor.happy_eyeballs import ATTEMPT_DELAY, connect_tcp, connect_unix
 
+pytestmark = pytest.mark.pure
+
 V4 = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
 V6 = ["2001:db8::1", "2001:db8::2", "2001:db8::3"]
 

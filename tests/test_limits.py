@@ -20,6 +20,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trioreactor import Limits, SocketAddress, limits
 from trioreactor.limits import ConnectionLimiter
 
+pytestmark = pytest.mark.pure
+
 pure = settings(deadline=None, derandomize=True, max_examples=50)
 
 ONE: SocketAddress = ("192.0.2.1", 1000)

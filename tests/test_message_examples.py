@@ -786,6 +786,7 @@ async def test_tunnel_ends() -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_chat_by_hand(port: int) -> None:
     """The server, two users at their terminals, and the load test, which prints a line of JSON."""
 
@@ -827,6 +828,7 @@ def test_chat_by_hand(port: int) -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_idleconnection_by_hand(port: int) -> None:
     """It tells how each connection ends."""
     with program("idleconnection", port, "--idle", "0.2", "--most", "1") as server:
@@ -839,6 +841,7 @@ def test_idleconnection_by_hand(port: int) -> None:
 
 
 @pytest.mark.program
+@pytest.mark.shown
 def test_tunnel_by_hand(port: int) -> None:
     """Three programs, the middle one killed and started again."""
 

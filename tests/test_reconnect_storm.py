@@ -187,6 +187,7 @@ def peak_to_mean_around(times: list[float], *, begin: float, end: float) -> floa
     )
 
 
+@pytest.mark.pure
 async def test_connectors_in_the_storm(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +207,7 @@ async def test_connectors_in_the_storm(
     assert peak([time for time in times if time >= OUTAGE]) < CLIENTS / 10
 
 
+@pytest.mark.pure
 async def test_connectors_in_the_storm_without_jitter(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,6 +218,7 @@ async def test_connectors_in_the_storm_without_jitter(
     assert all(times == list(accumulate(CEILINGS[:7])) for times in attempts)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("seed", range(4))
 def test_the_crowd_is_spread(seed: int) -> None:
     """After the second attempt the fullest second has at most twice its time's mean, through
@@ -230,6 +233,7 @@ def test_the_crowd_is_spread(seed: int) -> None:
     assert peak(steady) <= 2 * len(steady) / 240
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("seed", range(4))
 def test_each_round_is_spread(seed: int) -> None:
     """The k-th attempts of all clients are spread over at least the ceiling of the k-th delay: no
@@ -247,6 +251,7 @@ def test_each_round_is_spread(seed: int) -> None:
             assert peak(times) <= 2 * CLIENTS / (times[-1] - times[0])
 
 
+@pytest.mark.pure
 def test_the_rate_falls() -> None:
     """While the delays grow, the crowd's rate halves whenever the outage has lasted twice as long;
     in the end it is one attempt a client in half the maximum, the mean of full jitter.
@@ -258,6 +263,7 @@ def test_the_rate_falls() -> None:
     assert within(times, 240, 480) / 240 == pytest.approx(CLIENTS / 15, rel=0.02)
 
 
+@pytest.mark.pure
 def test_the_crowd_without_jitter() -> None:
     """The contrast, by the same measures: every second that is not empty has all of them."""
     attempts = computed(0, until=480, jitter="none")
