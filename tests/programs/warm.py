@@ -1,8 +1,8 @@
-"""Runs programs one after another, each in a fork of an interpreter that has imported trioreactor and
-done nothing else: to import it takes longer than most of them.
+"""Runs programs one after another, each in a fork of an interpreter that has imported trioreactor
+and done nothing else: to import it takes longer than most of them.
 
-A line of JSON on stdin for each: its code, the directory to run it in, and files for what it writes to
-stdout and stderr. Its exit code comes back on stdout when it has ended.
+A line of JSON on stdin for each: its code, the directory to run it in, and files for what it writes
+to stdout and stderr. Its exit code comes back on stdout when it has ended.
 """
 
 from __future__ import annotations
