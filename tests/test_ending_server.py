@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
 import trio.testing
 
-from tests.conftest import everything, no_leaks
-from trioreactor import FramedChannel, LineCodec, TcpConnection, TcpServer, Timeouts
+from tests.conftest import everything, no_leaks, until
+from trioreactor import (
+    FramedChannel,
+    LineCodec,
+    TcpConnection,
+    TcpServer,
+    Timeouts,
+    serve_until_signalled,
+)
 from trioreactor.ending_server import end_gracefully
 
 
@@ -111,3 +121,17 @@ async def test_the_log_says_who_is_stuck(
     lines = [record.getMessage() for record in caplog.records]
     assert "server: drained in 4.0" in lines[0]
     assert f"though they are cancelled: {report.stuck[0]}" in lines[1]
+
+
+async def test_the_log_has_it_though_the_last_one_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    """The server has ended then, before the drain has looked again."""
+    caplog.set_level(logging.INFO, "trioreactor.server")
+    server = TcpServer(upper, 0, host="127.0.0.1")
+    async with no_leaks(), trio.open_nursery() as nursery:
+        await nursery.start(partial(serve_until_signalled, server, grace=10))
+        async with await connect(server):
+            await until(lambda: server.connections)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await until(lambda: not server.addresses)
+    (record,) = caplog.records
+    assert ", 0 were closed by force" in record.getMessage()

@@ -179,6 +179,8 @@ class _Signalled:
         self._code = 0
         # Set when it serves.
         self._serves = trio.Event()
+        # Of the drain, if there is one.
+        self._drained: trio.Event | None = None
 
     async def run(self, task_status: trio.TaskStatus[Any]) -> int:
         # Signals come first, so that whoever knows that it has started can send one.
@@ -192,26 +194,28 @@ class _Signalled:
                         self._serves.set()
                         nursery.start_soon(self._notifier.keep_watchdog)
                         task_status.started(started)
+                if self._drained is not None:
+                    # The last connection may have gone before the drain has looked again.
+                    await self._drained.wait()
                 # With a dump or a replacement that is under way.
                 nursery.cancel_scope.cancel()
         return self._code
 
     async def _heed(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
-        draining = False
         async for number in signals:
             name = signal.Signals(number).name
             if name == "SIGUSR1":
                 nursery.start_soon(self._served.dump)
             elif name == "SIGHUP":
-                if not draining:
+                if self._drained is None:
                     nursery.start_soon(self._replace)
-            elif not draining:
-                draining = True
+            elif self._drained is None:
+                self._drained = trio.Event()
                 grace = self._served.grace
                 logger.info("%s: draining, at most %g s; once more ends at once", name, grace)
                 self._notifier.stopping()
                 self._must_end(grace + UNWIND, 1)
-                nursery.start_soon(self._served.drain)
+                nursery.start_soon(self._drain, self._drained)
             else:
                 logger.warning("%s: ending at once", name)
                 self._code = 128 + number
@@ -222,6 +226,10 @@ class _Signalled:
         # Those that are only just being started may have read what was there before.
         await self._serves.wait()
         await self._served.replace()
+
+    async def _drain(self, drained: trio.Event) -> None:
+        await self._served.drain()
+        drained.set()
 
     def _must_end(self, seconds: float, code: int) -> None:
         if self._deadline is not None:

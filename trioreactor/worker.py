@@ -66,7 +66,8 @@ class _Worker:
         # Runs what ends with the worker.
         self._nursery = nursery
         self._server: TcpServer
-        self._draining = False
+        # Of the drain, if there is one.
+        self._drained: trio.Event | None = None
 
     async def run(self, signals: AsyncIterator[int]) -> int:
         """Serve what the supervisor says; the exit code."""
@@ -107,7 +108,9 @@ class _Worker:
                 await self._link.send(Ready(sources=source_directories(target)))
                 self._nursery.start_soon(self._obey)
                 self._nursery.start_soon(self._heed, signals)
-        # The server has ended.
+        # The server has ended. Its last connection may have gone before the drain has looked again.
+        if self._drained is not None:
+            await self._drained.wait()
         self._tell_counts()
 
     async def _obey(self) -> None:  # noqa: ASYNC910 a task of its own
@@ -116,7 +119,7 @@ class _Worker:
                 self._do(message)
         except trio.BrokenResourceError:
             pass
-        if not self._draining:
+        if self._drained is None:
             logger.warning("the supervisor is gone: draining")
             self._drain(self._guard.grace, take_waiting=True)
 
@@ -161,12 +164,13 @@ class _Worker:
                 self._server.close()
 
     def _drain(self, grace: float, *, take_waiting: bool) -> None:
-        if not self._draining:
-            self._draining = True
-            self._nursery.start_soon(self._end, grace, take_waiting)
+        if self._drained is None:
+            self._drained = trio.Event()
+            self._nursery.start_soon(self._end, grace, take_waiting, self._drained)
 
-    async def _end(self, grace: float, take_waiting: bool) -> None:
+    async def _end(self, grace: float, take_waiting: bool, drained: trio.Event) -> None:
         await end_gracefully(self._server, grace, take_waiting=take_waiting)
+        drained.set()
 
     def _tell_counts(self) -> None:
         self._say(Counted(statistics=as_plain(self._server.statistics())))
