@@ -26,7 +26,8 @@ class Boom(Exception):
 
 
 class Moment(trio.abc.Instrument):
-    """Calls *act* after so many steps of all tasks, and looks at the statistics after each step.
+    """Calls *act* after so many steps of all tasks, and looks at the statistics after each step
+    from there on. (What is before is the same as without it.)
 
     It is called by a task of its own, in the next turn: before or after the others, as it happens.
     """
@@ -46,13 +47,14 @@ class Moment(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """A task has come to a checkpoint."""
+        self._left -= 1
+        if self._left >= 0:
+            return
+        self.came = True
+        self._now.set()
         now = self._client.statistics()
         if now.opened - sum(now.closed.values()) != now.active or now.active not in (0, 1):
             self.faults.append(now)
-        self._left -= 1
-        if self._left < 0:
-            self.came = True
-            self._now.set()
 
 
 class Scenario:
@@ -244,8 +246,13 @@ async def test_the_scenario_by_itself(form: Form, autojump_clock: MockClock) -> 
         nursery.start_soon(answer, listener)
         with refusing() as refused:
             scenario = Scenario(refused.getsockname(), address_of(listener))
+            moment = Moment(0, lambda: None, scenario.client)
+            trio.lowlevel.add_instrument(moment)
             await played(form, scenario)
+            trio.lowlevel.remove_instrument(moment)
         nursery.cancel_scope.cancel()
+    assert moment.came
+    assert not moment.faults
     statistics = scenario.client.statistics()
     assert statistics.opened == 3
     assert statistics.failures == {"ECONNREFUSED": 3}
