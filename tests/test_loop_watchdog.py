@@ -27,6 +27,7 @@ from trioreactor import (
     TcpServer,
     loop_lookout,
 )
+from trioreactor.loop_holder import HolderFinder, LoopHolder
 from trioreactor.loop_turns import LoopTurns
 from trioreactor.loop_watchdog import _current
 
@@ -130,6 +131,23 @@ async def test_a_callback_that_holds_the_loop(caplog: pytest.LogCaptureFixture) 
         assert await client.receive_some() == b"x"
     assert f"for connection {name!r}" in said(caplog)[0]
     assert "in slow_callback" in said(caplog)[0]
+
+
+async def test_a_connection_that_is_being_made() -> None:
+    """It has no name yet, which is no reason to find nobody."""
+    finder = HolderFinder(threading.get_ident())
+    found: list[LoopHolder | None] = []
+
+    def make(conn: TcpConnection) -> None:
+        thread = threading.Thread(target=lambda: found.append(finder.find()))
+        thread.start()
+        thread.join()
+
+    make(TcpConnection.__new__(TcpConnection))
+    (holder,) = found
+    assert holder is not None
+    assert holder.connection is None
+    assert holder.task == trio.lowlevel.current_task().name
 
 
 async def test_the_first_step(caplog: pytest.LogCaptureFixture) -> None:

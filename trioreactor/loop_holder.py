@@ -103,5 +103,6 @@ def _connections(frames: list[FrameType]) -> Iterator[TcpConnection]:
     """
     for frame in frames:
         for value in frame.f_locals.values():
-            if isinstance(value, TcpConnection):
+            # One that is only just being made has no name yet.
+            if isinstance(value, TcpConnection) and hasattr(value, "name"):
                 yield value
