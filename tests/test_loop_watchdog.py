@@ -179,13 +179,16 @@ async def parked() -> None:
 
 async def test_a_call_that_lets_no_thread_run(caplog: pytest.LogCaptureFixture) -> None:
     """A call into C that keeps the interpreter to itself is warned of at its end."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     sum(range(1_000_000))
-    size = int(1_000_000 * 6 * THRESHOLD / (time.perf_counter() - begun))
+    size = int(1_000_000 * 6 * THRESHOLD / (time.thread_time() - begun))
     async with LoopWatchdog(THRESHOLD):
-        await trio.sleep(2 * THRESHOLD)
-        sum(range(size))
-        await until(lambda: said(caplog))
+        with trio.fail_after(20):
+            # Once more if a busy machine let it wait in the middle, which is no fault of the call.
+            while not said(caplog):
+                await trio.sleep(2 * THRESHOLD)
+                sum(range(size))
+                await trio.sleep(THRESHOLD / 2)
     assert "held" in said(caplog)[0]
 
 
