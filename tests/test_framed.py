@@ -1318,7 +1318,7 @@ async def test_an_error_before_a_reset_is_no_garbage(
     gc.collect()
     gc.disable()
     try:
-        server = TcpServer(handler, 0, host="127.0.0.1")
+        server = TcpServer(handler, 0, host="127.0.0.1", watchdog=None)
         async with serving(server) as address:
             for turn in range(1, 4):
                 client = connect(address)
@@ -1351,7 +1351,7 @@ async def test_no_garbage() -> None:
     gc.collect()
     gc.disable()
     try:
-        async with serving(TcpServer(handler, 0, host="127.0.0.1")) as address:
+        async with serving(TcpServer(handler, 0, host="127.0.0.1", watchdog=None)) as address:
             for i in range(50):
                 async with connect(address) as client:
                     await client.send_all(frames(b"hello"))
