@@ -1,8 +1,8 @@
 """The load generator in Python, for machines without a C compiler or without OpenSSL's headers: the
-kinds, names and output of load.c, whose head explains them. It needs more CPU for a request than most
-servers, so what it finds of rates and times is its own limit. The servers' CPU for each request is not
-comparable either: they wait for it, and a server that is loaded in part finds less to do at each
-wake-up.
+kinds, names and output of load.c, whose head explains them. It needs more CPU for a request than
+most servers, so what it finds of rates and times is its own limit. The servers' CPU for each
+request is not comparable either: they wait for it, and a server that is loaded in part finds less
+to do at each wake-up.
 """
 
 from __future__ import annotations
