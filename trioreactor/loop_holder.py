@@ -25,10 +25,15 @@ class LoopHolder:
     """The name of the task whose step it was, if it could be found."""
     connection: str | None
     """The name of the connection that was being served, if there is one."""
-    stack: str
-    """The stack of that step, the innermost call last."""
+    calls: traceback.StackSummary
+    """The stack of that step, the innermost call last. Source files are read only for `stack`."""
     step: int
     """Tells the step from others of the same turn."""
+
+    @property
+    def stack(self) -> str:
+        """`calls`, as tracebacks have them."""
+        return "".join(self.calls.format())
 
     def __str__(self) -> str:
         who = "a task" if self.task is None else f"task {self.task!r}"
@@ -63,13 +68,13 @@ class HolderFinder:
             return None
         task = self._task_of(frames[-1])
         connection = next(_connections(frames), None)
-        lines = traceback.StackSummary.extract(
-            (frame, frame.f_lineno) for frame in reversed(frames)
-        ).format()
+        calls = traceback.StackSummary.extract(
+            ((frame, frame.f_lineno) for frame in reversed(frames)), lookup_lines=False
+        )
         return LoopHolder(
             task=None if task is None else task.name,
             connection=None if connection is None else connection.name,
-            stack="".join(lines),
+            calls=calls,
             step=hash((id(frames[-1]), id(connection))),
         )
 
