@@ -36,7 +36,7 @@ from trioreactor import (
 from trioreactor.buffer import Buffer
 from trioreactor.channel import Channel
 from trioreactor.default_poller import current_poller, install_poller
-from trioreactor.poller import MAX_ROUNDS, Poller, current
+from trioreactor.poller import LONG_ROUNDS, MAX_ROUNDS, Poller, current
 
 
 def nothing() -> None:
@@ -419,6 +419,33 @@ async def test_a_woken_task_runs_at_once(woke: bool) -> None:
         if woke:
             assert calls in (1, 1 + poller.max_rounds)
         await until(lambda: calls == 100)
+
+
+async def test_rounds_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callbacks that compute for long have one round, and then it is others' turn (promise O)."""
+    now = 0.0
+    monkeypatch.setattr("trioreactor.poller.perf_counter", lambda: now)
+    async with running_poller() as poller:
+        calls = 0
+        most = 0
+        done = trio.Event()
+
+        def work() -> None:
+            nonlocal calls, now
+            calls += 1
+            now += 2 * LONG_ROUNDS
+            if calls < 100:
+                poller.call_soon(work)
+            else:
+                done.set()
+
+        poller.call_soon(work)
+        while not done.is_set():
+            before = calls
+            await trio.lowlevel.checkpoint()
+            most = max(most, calls - before)
+        # Trio may let the poller run last in one turn and first in the next.
+        assert most <= 2
 
 
 async def test_a_flood_delays_nobody_else() -> None:

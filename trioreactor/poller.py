@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import trio
@@ -29,6 +30,10 @@ logger = logging.getLogger("trioreactor.poller")
 # How many rounds may follow each other, while events keep coming, before other trio tasks have
 # their turn. A round takes what is ready, so a few of them save most of trio's own wake-ups.
 MAX_ROUNDS = 4
+
+# Nor does another round begin after so many seconds: callbacks that compute gain nothing by it, and
+# others wait. (below what people notice, and many times what a round of short ones takes)
+LONG_ROUNDS = 0.005
 
 
 class Poller(ABC):
@@ -206,6 +211,7 @@ class Poller(ABC):
         """Rounds of: events, what was left over, calls, timers. Never raises, never blocks."""
         self.woke = False
         self.turn += 1
+        begun = perf_counter()
         for _ in range(self.max_rounds):
             if self._stopping:
                 return
@@ -225,7 +231,7 @@ class Poller(ABC):
             if len(self._timers):
                 for fn in self._timers.pop_due(trio.current_time()):
                     self._contain(fn)
-            if self.woke or not busy:
+            if self.woke or not busy or perf_counter() - begun > LONG_ROUNDS:
                 return
 
     def _contain(self, fn: Callable[[], object]) -> None:
