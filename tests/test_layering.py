@@ -133,6 +133,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "command_line",
             "ending_server",
             "inspector",
+            "serve_arguments",
             "serve_command",
             "serve_logging",
             "serve_options",

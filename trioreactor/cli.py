@@ -14,7 +14,7 @@ from importlib import metadata
 import trio
 
 import trioreactor
-from trioreactor import demo, serve_command
+from trioreactor import demo, serve_arguments, serve_command
 from trioreactor.acceptor import Acceptor
 from trioreactor.address import format_address
 from trioreactor.classic import SERVICES, until_drained
@@ -102,12 +102,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     serve = commands.add_parser(
         "serve",
-        help=serve_command.HELP,
-        description=serve_command.DESCRIPTION,
-        epilog=serve_command.EPILOG,
+        help=serve_arguments.HELP,
+        description=serve_arguments.DESCRIPTION,
+        epilog=serve_arguments.EPILOG,
         formatter_class=layout,
     )
-    serve_command.add_arguments(serve)
+    serve_arguments.add_arguments(serve)
     for name, service in SERVICES.items():
         # For root only below 1024.
         port = 7000 + service.well_known_port
