@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,27 @@ class ScriptedListener(socket.socket):
         if number is not None:
             raise OSError(number, os.strerror(number))
         return super().accept()
+
+
+def is_running(pid: int) -> bool:
+    """Whether that process lives."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    # One that has ended is there until it is asked how.
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def blocking_client(port: int, *, receive_buffer: int | None = None) -> socket.socket:
+    """A client, on loopback, of a server in another process."""
+    sock = socket.socket()
+    sock.settimeout(30)
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    try:
+        sock.connect(("127.0.0.1", port))
+    except OSError:
+        sock.close()
+        raise
+    return sock

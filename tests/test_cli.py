@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import trioreactor
+from tests.servers import blocking_client
 from trioreactor import demo
 from trioreactor.cli import main
 
@@ -52,16 +53,7 @@ class Program:
         return self.process.stdout.readline()
 
     def connect(self, *, receive_buffer: int | None = None) -> socket.socket:
-        sock = socket.socket()
-        sock.settimeout(20)
-        if receive_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        try:
-            sock.connect(("127.0.0.1", self.port))
-        except OSError:
-            sock.close()
-            raise
-        return sock
+        return blocking_client(self.port, receive_buffer=receive_buffer)
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

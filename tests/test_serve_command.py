@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import blocking_client, is_running
 from tests.test_cli import ENVIRONMENT, read_exactly, read_to_eof
 from trioreactor.cli import main
 
@@ -82,16 +83,7 @@ class Served:
         return found[0]
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        sock = socket.socket()
-        sock.settimeout(PATIENCE)
-        if receive_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        try:
-            sock.connect(("127.0.0.1", self.port))
-        except OSError:
-            sock.close()
-            raise
-        return sock
+        return blocking_client(self.port, receive_buffer=receive_buffer)
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -137,15 +129,6 @@ def pid_of(served: Served) -> int:
     with served.connect() as sock:
         sock.sendall(b"who\n")
         return int(read_exactly(sock, 2).decode() + sock.makefile().readline())
-
-
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    # One that has ended is there until it is asked how.
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def children(pid: int) -> list[int]:

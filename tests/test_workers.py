@@ -20,6 +20,7 @@ import pytest
 import trio
 
 from tests.conftest import no_leaks
+from tests.servers import is_running
 from trioreactor import (
     Backoff,
     ServeOptions,
@@ -66,15 +67,6 @@ async def supervised(
                 await supervisor.drain(1)
     assert supervisor.pids == []
     assert not [pid for pid in pids if is_running(pid)]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    # One that has ended is there until it is asked how.
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 class Client:

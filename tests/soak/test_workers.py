@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import is_running
 from tests.soak.child import running
 from tests.soak.conftest import Figure
 from tests.test_cli import ENVIRONMENT
-from tests.test_serve_command import SERVED, Served, children, is_running, serving, until
+from tests.test_serve_command import SERVED, Served, children, serving, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
 
