@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.soak.child import running
@@ -17,9 +19,15 @@ ROUNDS = 10
 @pytest.mark.parametrize("kind", ["coroutine", "dispatch"])
 def test_nothing_is_left_of_ended_connections(kind: str, figure: Figure) -> None:
     """Promises F, T and C after each of ten rounds of 5,000 connections, a quarter of which are
-    reset; and what one round needs of memory is enough for all: under 1 MB more in the tenth.
+    reset; and what a few rounds need of memory is enough for all: the least of the last three is
+    under 1 MB more than that of the first three, for the allocator's part goes up and down.
     """
-    with running("server", kind) as server, running("swarm", str(server.answer())) as clients:
+    # It has reason to warn where `counts` collects garbage, and keeps the sources that it shows.
+    options = json.dumps({"watchdog": None})
+    with (
+        running("server", kind, options) as server,
+        running("swarm", str(server.answer())) as clients,
+    ):
         before = server.ask("counts")
         # With all connections open. When they have ended, what is resident says little: the
         # allocator gives memory back by the megabyte, if not one byte of it is in use. So then
@@ -46,10 +54,9 @@ def test_nothing_is_left_of_ended_connections(kind: str, figure: Figure) -> None
             blocks.append(counts["blocks"])
         figure("MiB resident, 5,000 open", " ".join(f"{rss / 2**20:.2f}" for rss in full))
         figure("MiB resident, none open ", " ".join(f"{rss / 2**20:.2f}" for rss in empty))
-        figure(
-            "growth in the last nine rounds, 5,000 open", f"{(full[-1] - full[0]) / 1024:.0f} KiB"
-        )
+        growth = min(full[-3:]) - min(full[:3])
+        figure("growth of the least of three rounds, 5,000 open", f"{growth / 1024:.0f} KiB")
         figure("growth in the last nine rounds, none open", f"{blocks[-1] - blocks[0]} blocks")
-        assert full[-1] - full[0] < 1_000_000
+        assert growth < 1_000_000
         # 45,000 connections have come and gone since.
         assert blocks[-1] - blocks[0] < 450
