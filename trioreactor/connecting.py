@@ -154,13 +154,6 @@ class ConnectionMaker:
             header=self._header,
         )
 
-    def discard(self, made: Made) -> None:
-        """Close what `connect` has given."""
-        if isinstance(made, TcpConnection):
-            made.force_close()
-        else:
-            made.socket.close()
-
     def ended(self, conn: TcpConnection) -> None:
         """*conn*, the last one, has ended."""
         if self._tls is not None:

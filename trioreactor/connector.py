@@ -318,10 +318,7 @@ class Connector:
                 )
             )
         except BaseException:
-            if isinstance(made, TcpConnection):
-                made.force_close()
-            else:
-                made.socket.close()
+            discard(made)
             raise
         self._become(ConnectorState.CONNECTED)
 
@@ -366,6 +363,14 @@ class Connector:
     def _check_not_stopped(self) -> None:
         if self._state is ConnectorState.STOPPED:
             raise trio.ClosedResourceError("this connector has been stopped")
+
+
+def discard(made: Made) -> None:
+    """Close it, for nobody will use it."""
+    if isinstance(made, TcpConnection):
+        made.force_close()
+    else:
+        made.socket.close()
 
 
 async def _finished(  # noqa: ASYNC910 connect has checkpoints

@@ -18,7 +18,7 @@ from trioreactor.connect_options import RetryOptions, check_known, check_on_atte
 from trioreactor.connecting import ConnectionMaker, client_tls, numbered
 from trioreactor.connection_callbacks import Handler
 from trioreactor.connection_counters import ConnectionCounters
-from trioreactor.connector import Connector, Made
+from trioreactor.connector import Connector, Made, discard
 from trioreactor.endpoints import ConnectAttempt
 from trioreactor.errors import ConnectError, NotConnected
 from trioreactor.exception_groups import unwrapped
@@ -378,7 +378,7 @@ class TcpClient:
             self._connecting = None
         if made is not None and not self._wanted:
             # Disconnected in the very turn that connected it.
-            self._maker.discard(made)
+            discard(made)
             return None
         return made
 
