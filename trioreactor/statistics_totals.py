@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from trioreactor.connection_counters import sum_of_totals
 from trioreactor.server_statistics import ServerStatistics
 from trioreactor.state import CloseReason
 
@@ -29,19 +30,16 @@ NOTHING = ServerStatistics(
 def total(parts: Iterable[ServerStatistics]) -> ServerStatistics:
     """The sum of each counter; of the loops' lags, the longest."""
     parts = list(parts)
-    sums: dict[str, Any] = {}
-    for field in fields(ServerStatistics):
-        values = [getattr(part, field.name) for part in (NOTHING, *parts)]
-        if field.name == "loop_lag":
-            sums[field.name] = max((lag for lag in values if lag is not None), default=None)
-        elif isinstance(values[0], Mapping):
-            counter: Counter[Any] = Counter()
-            for value in values:
-                counter.update(value)
-            sums[field.name] = MappingProxyType(dict(counter))
-        else:
-            sums[field.name] = sum(values)
-    return ServerStatistics(**sums)
+    rejected: Counter[str] = Counter()
+    for part in parts:
+        rejected.update(part.rejected)
+    return ServerStatistics(
+        rejected=MappingProxyType(dict(rejected)),
+        shed=sum(part.shed for part in parts),
+        loop_lag=max((part.loop_lag for part in parts if part.loop_lag is not None), default=None),
+        loop_holds=sum(part.loop_holds for part in parts),
+        **sum_of_totals(parts).as_fields(),
+    )
 
 
 def after_death(last: ServerStatistics) -> ServerStatistics:
