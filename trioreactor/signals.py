@@ -18,8 +18,7 @@ from trioreactor.options import SocketOptions, check_seconds
 from trioreactor.serve_options import ServeOptions
 from trioreactor.service_notifier import ServiceNotifier
 from trioreactor.tcp_server import TcpServer
-from trioreactor.worker_options import WorkerOptions
-from trioreactor.worker_process import UNWIND
+from trioreactor.worker_options import UNWIND, WorkerOptions
 from trioreactor.workers import Supervisor
 
 logger = logging.getLogger("trioreactor.signals")

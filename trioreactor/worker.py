@@ -47,12 +47,9 @@ from trioreactor.worker_link import (
     open_link,
     socket_options_from,
 )
+from trioreactor.worker_options import UNWIND
 
 logger = logging.getLogger("trioreactor.worker")
-
-# What an orphan may take beyond its grace, seconds, before it is ended whatever it does: as long as
-# a supervisor waits.
-UNWIND = 5.0
 
 
 class _Worker:
@@ -206,6 +203,7 @@ class _OrphanGuard:
         # A hang-up is told, whatever else is asked for.
         poll.register(self._descriptor, 0)
         poll.poll()
+        # As long as a supervisor waits.
         time.sleep(self.grace + UNWIND)
         os._exit(1)
 

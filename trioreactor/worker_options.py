@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from trioreactor.backoff import Backoff
 from trioreactor.options import check_present, check_seconds
 
+# What a worker may take beyond its grace, seconds: `Timeouts.linger`, in which handlers that were
+# cancelled unwind, and then some for the process to end.
+UNWIND = 5.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerOptions:

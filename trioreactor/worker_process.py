@@ -31,16 +31,12 @@ from trioreactor.worker_link import (
     Ready,
     open_link,
 )
-from trioreactor.worker_options import WorkerOptions
+from trioreactor.worker_options import UNWIND, WorkerOptions
 
 logger = logging.getLogger("trioreactor.workers")
 
 # Seconds between two pings: a hung worker is found this much after its time at the most.
 PING_INTERVAL = 1.0
-
-# What a worker may take beyond its grace, seconds: `Timeouts.linger`, in which handlers that were
-# cancelled unwind, and then some for the process to end.
-UNWIND = 5.0
 
 # How long a worker that hangs may take to write where, seconds.
 _LAST_WORDS = 2.0
